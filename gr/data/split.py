@@ -1,0 +1,211 @@
+"""Which events train, which are held out; the owner of every fitting scope.
+
+A user's events are in time order. ``train_stop[u]`` cuts them: everything fitted (weights, popularity, log_q,
+baselines) sees events ``[0, train_stop[u])`` of each user and nothing else. A target is the event at
+``position``; its history is ``[0, position)``, so that test histories include the validation event (it is in
+the past by then).
+
+::
+
+    leave_one_out   t t t t V T      V validation, T test; users too short for it train whole
+    paper           t t t t t T      arXiv 2402.17152: no validation split
+    temporal        t t|V . .|T .    one target a user and period: its first event there
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gr import config as configs
+from gr.data.store import EventStore
+from gr.errors import UserError
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Held-out events.
+
+    Attributes:
+        user: (n,) int64 user index, ascending.
+        position: (n,) int64 place of the event in its user's log, at least 1: a target has a history.
+    """
+
+    user: np.ndarray
+    position: np.ndarray
+
+    def __len__(self) -> int:
+        return self.user.size
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where training ends and what is held out.
+
+    Attributes:
+        train_stop: (U,) int64, user u trains on its first ``train_stop[u]`` events.
+        valid: Targets to choose with; ``None`` when the split has none.
+        test: Targets to report.
+        kind: Name of the split.
+    """
+
+    train_stop: np.ndarray
+    valid: Targets | None
+    test: Targets
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class LeaveOneOutConfig:
+    """Last event for the test, the one before for validation.
+
+    Attributes:
+        min_train_events: Users with fewer than this many events before their two held-out ones train whole.
+    """
+
+    kind: str = "leave_one_out"
+    min_train_events: int = 1
+
+    def __post_init__(self) -> None:
+        if self.min_train_events < 1:
+            raise UserError(
+                f"min_train_events is {self.min_train_events}; it must be at least 1, a target's history"
+            )
+
+
+@dataclass(frozen=True)
+class PaperConfig:
+    """Train on all but the last event, test on the last; nothing is left to choose an epoch with."""
+
+    kind: str = "paper"
+
+
+@dataclass(frozen=True)
+class TemporalConfig:
+    """Two moments cut the whole log.
+
+    Attributes:
+        valid_time: Seconds; events before it train. ``None``: from the fractions.
+        test_time: Seconds; events from it on are the test period. ``None``: from the fractions.
+        valid_fraction: Share of all events in the validation period; 0: no validation.
+        test_fraction: Share of all events in the test period.
+    """
+
+    kind: str = "temporal"
+    valid_time: int | None = None
+    test_time: int | None = None
+    valid_fraction: float = 0.1
+    test_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if (self.valid_time is None) != (self.test_time is None):
+            raise UserError(
+                "valid_time and test_time must both be given, or neither (then the fractions count)"
+            )
+        if self.valid_time is not None and self.valid_time > self.test_time:
+            raise UserError(
+                f"valid_time is {self.valid_time}; it must not come after test_time {self.test_time}"
+            )
+        if (
+            self.valid_fraction < 0
+            or self.test_fraction <= 0
+            or self.valid_fraction + self.test_fraction >= 1
+        ):
+            raise UserError(
+                f"valid_fraction {self.valid_fraction} and test_fraction {self.test_fraction} must leave a "
+                "training period: valid_fraction >= 0, test_fraction > 0, sum below 1"
+            )
+
+
+def make_split(config: Any, store: EventStore) -> Split:
+    """Splits a store as ``config`` (one of SPLITS) says.
+
+    Raises:
+        UserError: The split needs times the log lacks, or leaves nothing to train on or to test with.
+    """
+    split = configs.build(SPLITS, config, store)
+    if not len(split.test):
+        raise UserError(
+            f"split {config.kind} finds no user with enough events for a test target in {_name(store)}"
+        )
+    if split.valid is not None and not len(split.valid):
+        raise UserError(
+            f"split {config.kind} finds no validation target in {_name(store)}; widen its validation period"
+        )
+    if not (split.train_stop >= 2).any():
+        raise UserError(
+            f"split {config.kind} leaves no user with 2 training events in {_name(store)}, "
+            "so nothing to learn from"
+        )
+    return split
+
+
+def training_events(store: EventStore, split: Split) -> np.ndarray:
+    """(E,) bool, which events of the store may be fitted on."""
+    place = np.arange(store.num_events) - np.repeat(store.offsets[:-1], store.lengths)
+    return place < np.repeat(split.train_stop, store.lengths)
+
+
+def training_counts(store: EventStore, split: Split) -> np.ndarray:
+    """(V,) int64 training events of each item."""
+    return np.bincount(
+        store.columns["item_id"][training_events(store, split)], minlength=store.num_items
+    ).astype(np.int64)
+
+
+def leave_one_out(config: LeaveOneOutConfig, store: EventStore) -> Split:
+    """See the module's picture."""
+    lengths = store.lengths
+    user = np.flatnonzero(lengths >= config.min_train_events + 2)
+    stop = lengths.copy()
+    stop[user] -= 2
+    return Split(stop, Targets(user, lengths[user] - 2), Targets(user, lengths[user] - 1), config.kind)
+
+
+def paper(config: PaperConfig, store: EventStore) -> Split:
+    """Section 4.1.1 of arXiv 2402.17152 and its public code: all but the last item train, the last one is the
+    test."""
+    lengths = store.lengths
+    user = np.flatnonzero(lengths >= 2)
+    stop = lengths.copy()
+    stop[user] -= 1
+    return Split(stop, None, Targets(user, lengths[user] - 1), config.kind)
+
+
+def temporal(config: TemporalConfig, store: EventStore) -> Split:
+    """Cuts at two moments for all users alike; needs real times."""
+    store.require_times("the temporal split")
+    times = store.columns["timestamp"]
+    valid_time, test_time = config.valid_time, config.test_time
+    if valid_time is None:
+        ordered = np.sort(times)
+        test_time = int(ordered[min(int(times.size * (1 - config.test_fraction)), times.size - 1)])
+        share = 1 - config.test_fraction - config.valid_fraction
+        valid_time = int(ordered[int(times.size * share)]) if config.valid_fraction else test_time
+    stop, test_start = _before(store, valid_time), _before(store, test_time)
+    lengths = store.lengths
+    valid_user = np.flatnonzero((stop >= 1) & (stop < test_start))
+    test_user = np.flatnonzero((test_start >= 1) & (test_start < lengths))
+    valid = Targets(valid_user, stop[valid_user]) if valid_time < test_time else None
+    return Split(stop, valid, Targets(test_user, test_start[test_user]), config.kind)
+
+
+def _before(store: EventStore, time: int) -> np.ndarray:
+    """(U,) events of each user earlier than ``time``; times ascend within a user."""
+    running = np.concatenate(
+        [np.zeros(1, np.int64), np.cumsum(store.columns["timestamp"] < time, dtype=np.int64)]
+    )
+    return running[store.offsets[1:]] - running[store.offsets[:-1]]
+
+
+def _name(store: EventStore) -> str:
+    return f"{store.manifest.get('source') or 'the log'} ({store.num_users} users, {store.num_events} events)"
+
+
+SPLITS = {
+    "leave_one_out": (LeaveOneOutConfig, leave_one_out),
+    "paper": (PaperConfig, paper),
+    "temporal": (TemporalConfig, temporal),
+}

@@ -1,0 +1,1 @@
+"""Process groups and dense data parallelism; the library works without either on one device."""

@@ -1,0 +1,74 @@
+"""Dense data parallelism: each rank holds the whole model; gradients are averaged as they arise."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gr.distributed.process import ProcessContext
+
+
+class _PlainOutput(nn.Module):
+    """Calls the model and hands its losses on as a plain tuple.
+
+    DistributedDataParallel finds the tensors of an output by flattening tuples, lists and dicts. It takes a
+    dataclass for a leaf without tensors, and a static graph then never averages the gradients (seen with
+    torch 2.13).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.losses_type: type | None = None
+
+    def forward(self, batch: Any) -> tuple[Any, Any, Any]:
+        losses = self.model(batch)
+        self.losses_type = type(losses)
+        return losses.total, dict(losses.parts), losses.weight
+
+
+class DataParallel(nn.Module):
+    """The model, its gradients averaged over ranks; ``forward(batch)`` returns the model's own ``Losses``.
+
+    Call it once per backward pass. The average is over ranks, so a gradient of sums must be multiplied by
+    ``world``.
+    """
+
+    def __init__(self, model: nn.Module, ctx: ProcessContext, accumulate: bool) -> None:
+        super().__init__()
+        # A static graph finds out once which parameters a step uses; a model whose steps differ must say so.
+        # Under no_sync torch 2.13 fails an internal assertion in a static graph: then each pass is searched.
+        find_unused = accumulate or bool(getattr(model, "find_unused_parameters", False))
+        self.parallel = DistributedDataParallel(
+            _PlainOutput(model),
+            device_ids=[ctx.device.index] if ctx.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=find_unused,
+            static_graph=not find_unused,
+        )
+
+    def forward(self, batch: Any) -> Any:
+        """The model's ``Losses`` for this rank's batch."""
+        total, parts, weight = self.parallel(batch)
+        return self.parallel.module.losses_type(total=total, parts=parts, weight=weight)
+
+
+def wrap(model: nn.Module, ctx: ProcessContext, accumulate: bool = False) -> nn.Module:
+    """The model itself on one rank, ``DataParallel`` on several. Freeze parameters before, not after.
+
+    Args:
+        model: Gives ``Losses``. Its attribute ``find_unused_parameters`` says that steps use differing
+            parameters.
+        ctx: Rank, world and device.
+        accumulate: Whether ``no_sync`` will be used.
+    """
+    return model if ctx.world == 1 else DataParallel(model, ctx, accumulate)
+
+
+def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within it gradients only accumulate: for all micro-batches of a step but the last."""
+    return model.parallel.no_sync() if isinstance(model, DataParallel) else contextlib.nullcontext()

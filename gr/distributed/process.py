@@ -1,0 +1,191 @@
+"""One process among many: who am I, on which device, and the few collectives that training needs.
+
+With one process nothing is initialised and every collective is the identity, so callers never ask how many
+there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gr.errors import UserError
+
+_LIMB = 31
+"""Integers cross ranks as two int64 limbs of this many low bits: FLOP counts of a large job exceed 2**63."""
+
+
+@dataclass(frozen=True)
+class ProcessContext:
+    """Attributes:
+    rank: This process, 0..world-1.
+    world: How many processes train together.
+    local_rank: This process among those of its machine.
+    device: Where the model and the batches live.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and prints."""
+        return self.rank == 0
+
+
+def start(
+    device: str = "auto",
+    *,
+    timeout_s: float = 600.0,
+    init_method: str | None = None,
+    rank: int | None = None,
+    world: int | None = None,
+) -> ProcessContext:
+    """Joins the group that torchrun announces (RANK, WORLD_SIZE, LOCAL_RANK), or stands alone.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        timeout_s: After this long without an answer from the others a collective fails, in seconds.
+        init_method: Rendezvous such as ``file:///path``; by default torchrun's environment.
+        rank: Overrides RANK (and LOCAL_RANK).
+        world: Overrides WORLD_SIZE.
+
+    Raises:
+        UserError: Half a torchrun environment, an unknown device, or fewer GPUs than local processes.
+    """
+    if rank is None or world is None:
+        rank, world, local_rank = _from_environment()
+    else:
+        local_rank = rank
+    chosen = _device(device, local_rank)
+    if world > 1:
+        # Both backends on a GPU: host numbers (stop flags, counts) then travel without waiting for the
+        # device.
+        backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(
+            backend,
+            init_method=init_method or "env://",
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    return ProcessContext(rank, world, local_rank, chosen)
+
+
+def finish(ctx: ProcessContext) -> None:
+    """Leaves the group; harmless when there is none."""
+    if ctx.world > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def process(device: str = "auto", **kwargs: Any) -> Iterator[ProcessContext]:
+    """``start`` on entry, ``finish`` on exit, whatever happened between."""
+    ctx = start(device, **kwargs)
+    try:
+        yield ctx
+    finally:
+        finish(ctx)
+
+
+def all_reduce_sum(tensor: torch.Tensor, ctx: ProcessContext) -> torch.Tensor:
+    """Sums ``tensor`` over ranks in place and returns it."""
+    if ctx.world > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_integers(values: Sequence[int], ctx: ProcessContext) -> list[int]:
+    """Exact sums of Python integers over ranks (each below 2**62 * 2**31 in size)."""
+    if ctx.world == 1:
+        return [int(value) for value in values]
+    mask = (1 << _LIMB) - 1
+    limbs = torch.tensor([[int(v) >> _LIMB, int(v) & mask] for v in values], dtype=torch.int64)
+    dist.all_reduce(limbs)
+    return [(high << _LIMB) + low for high, low in limbs.tolist()]
+
+
+def broadcast_object(value: Any, ctx: ProcessContext) -> Any:
+    """Rank 0's (picklable) value, on every rank."""
+    if ctx.world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def barrier(ctx: ProcessContext) -> None:
+    """Waits until every rank is here."""
+    sum_integers([0], ctx)
+
+
+@contextlib.contextmanager
+def main_only_errors(ctx: ProcessContext) -> Iterator[bool]:
+    """Work for rank 0 whose ``UserError`` becomes everybody's: nobody waits for a rank that gave up.
+
+    Yields:
+        True where the work is to be done. Every rank must enter and leave the block.
+    """
+    message: str | None = None
+    try:
+        yield ctx.is_main
+    except UserError as error:
+        message = str(error)
+    message = broadcast_object(message, ctx)
+    if message is not None:
+        raise UserError(message)
+
+
+def _from_environment() -> tuple[int, int, int]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    present = [name for name in names if name in os.environ]
+    if not present:
+        return 0, 1, 0
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"environment variable {present[0]} is set but {missing[0]} is not; "
+            f"start with torchrun, or unset {present[0]}"
+        )
+    try:
+        rank, world, local_rank = (int(os.environ[name]) for name in names)
+    except ValueError:
+        values = ", ".join(f"{name}={os.environ[name]!r}" for name in names)
+        raise UserError(f"environment variables {values} must be integers, as torchrun sets them") from None
+    if not 0 <= rank < world:
+        raise UserError(f"environment variable RANK={rank} must be at least 0 and below WORLD_SIZE={world}")
+    return rank, world, local_rank
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device {name!r} is unknown; it must be 'auto', 'cpu' or 'cuda'")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= count:
+        raise UserError(
+            f"device 'cuda' needs GPU number {local_rank} but this machine has {count}; "
+            "use device 'cpu' or fewer processes"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def all_gather_object(value: Any, ctx: ProcessContext) -> list[Any]:
+    """Every rank's (picklable) value, in rank order, on every rank."""
+    if ctx.world == 1:
+        return [value]
+    gathered: list[Any] = [None] * ctx.world
+    dist.all_gather_object(gathered, value)
+    return gathered

@@ -1,0 +1,1 @@
+"""Full-corpus ranking, metrics, baselines, significance and the leak audit."""

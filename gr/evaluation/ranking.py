@@ -1,0 +1,207 @@
+"""Full-corpus ranking: for every target, how many items score better and how many score the same.
+
+Ties are counted exactly: an item ties with the target when the two scores are equal in the dtype that the
+recommender returns, and the target's own score is read from the very block that it is compared in. A
+recommender that gives every item one score thus gets what a random order would get, never more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gr.data.batch import JaggedBatch
+from gr.errors import UserError
+
+# Scores of one batch up to this size are kept between the two passes rather than computed twice.
+KEEP_BYTES = 2**28
+# Scores asked of a scorer at a time; larger temporaries cost more in page faults than in arithmetic.
+SPAN_SCORES = 2**21
+Gather = Callable[[list[Any]], list[list[Any]]]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where each target stands, (n,) int64 arrays in the order of the targets.
+
+    Attributes:
+        user: The user's index in the store.
+        position: The target's position in the user's log.
+        target: The target's dense item index.
+        better: Candidates that score strictly higher than the target.
+        tied: Candidates other than the target whose score equals the target's.
+        candidates: Items that were ranked, the target included: V, less the masked ones.
+        num_items: V.
+    """
+
+    user: np.ndarray
+    position: np.ndarray
+    target: np.ndarray
+    better: np.ndarray
+    tied: np.ndarray
+    candidates: np.ndarray
+    num_items: int
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def rank(self) -> np.ndarray:
+        """(n,) float64 middle rank, 1 is best: ``better + tied / 2 + 1``, the mean over all orders."""
+        return self.better + self.tied / 2.0 + 1.0
+
+
+COLUMNS = tuple(field.name for field in fields(Ranks) if field.name != "num_items")
+
+
+def rank_targets(
+    recommender: Any,
+    loader: Any,
+    mask_seen: bool,
+    *,
+    block: int = 65536,
+    device: torch.device | str | None = None,
+    gather: Gather | None = None,
+) -> Ranks:
+    """Ranks every target of a loader among all items.
+
+    Args:
+        recommender: Has ``num_items`` and ``scores(batch, (lo, hi)) -> (B, hi - lo)`` floats. If it also has
+            ``scorer(batch) -> ((lo, hi) -> (B, hi - lo))``, that is used, so that histories are encoded once
+            a batch.
+        loader: Iterates over (rows (B,) into ``loader.targets``, JaggedBatch); ``loader.targets`` has
+            ``user`` and ``position``, (n,) int64, and ``loader.store`` is the log, the source of targets and
+            of what was seen.
+        mask_seen: Whether items of the user's log before the target (all of it, also what a batch cuts off)
+            leave the candidates. The target itself never does, even when it was seen.
+        block: Items scored at a time, fewer with a ``scorer``, for which a further block costs little.
+        device: Where batches are moved to; ``None`` leaves them where they are.
+        gather: Collects a list from every process of a job into a list of such lists; ``None``: one process.
+            Every process then returns the ranks of all targets.
+
+    Returns:
+        The ranks, in the order of ``loader.targets``.
+
+    Raises:
+        UserError: Scores that are NaN, of a wrong shape or not floats; item counts that differ.
+    """
+    store, targets = loader.store, loader.targets
+    name = type(recommender).__name__
+    if recommender.num_items != store.num_items:
+        raise UserError(
+            f"{name} scores {recommender.num_items} items but the log has {store.num_items}; train it on it"
+        )
+    user, position = np.asarray(targets.user), np.asarray(targets.position)
+    if len(user) == 0:
+        raise UserError("there is no target to rank; the split must hold out at least one event")
+    truth = np.asarray(store.columns["item_id"])[np.asarray(store.offsets)[user] + position]
+
+    found: list[np.ndarray] = []
+    with _evaluating(recommender), torch.no_grad():
+        for rows, batch in loader:
+            rows = np.arange(len(user))[rows] if isinstance(rows, slice) else np.asarray(rows)
+            masked = _seen(store, user[rows], position[rows], truth[rows]) if mask_seen else None
+            batch = batch if device is None else batch.to(device)
+            better, tied = _count(recommender, batch, truth[rows], masked, block, name)
+            hidden = 0 if masked is None else np.bincount(masked[0], minlength=len(rows))
+            found.append(np.stack([rows, better, tied, store.num_items - hidden + np.zeros_like(rows)]))
+    counts = np.concatenate(found, axis=1) if found else np.zeros((4, 0), dtype=np.int64)
+    if gather is not None:
+        counts = np.concatenate([part for parts in gather([counts]) for part in parts], axis=1)
+    rows, better, tied, candidates = counts[:, np.argsort(counts[0], kind="stable")]
+    assert np.array_equal(rows, np.arange(len(user))), "every target must be ranked by exactly one process"
+    return Ranks(user, position, truth, better, tied, candidates, int(store.num_items))
+
+
+@contextmanager
+def _evaluating(recommender: Any) -> Iterator[None]:
+    """Evaluation mode (no dropout) for the time being."""
+    training = isinstance(recommender, nn.Module) and recommender.training
+    if training:
+        recommender.eval()
+    try:
+        yield
+    finally:
+        if training:
+            recommender.train()
+
+
+def _seen(
+    store: Any, user: np.ndarray, position: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct (row, item) pairs of each row's events before its position, less its target, (m,) each."""
+    row = np.repeat(np.arange(len(user)), position)
+    starts = np.cumsum(position) - position
+    event = np.arange(len(row)) - starts[row] + np.asarray(store.offsets)[user][row]
+    item = np.asarray(store.columns["item_id"])[event]
+    keep = item != target[row]
+    pair = np.unique(row[keep] * np.int64(store.num_items) + item[keep])
+    return pair // store.num_items, pair % store.num_items
+
+
+def _count(
+    recommender: Any,
+    batch: JaggedBatch,
+    truth: np.ndarray,
+    masked: tuple[np.ndarray, np.ndarray] | None,
+    block: int,
+    name: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(better, tied), (B,) int64 each, of one batch."""
+    num_items, size = recommender.num_items, len(truth)
+    scorer = None
+    if hasattr(recommender, "scorer"):
+        scorer = recommender.scorer(batch)
+        block = min(block, max(1, SPAN_SCORES // size))
+    ranges = [(lo, min(lo + block, num_items)) for lo in range(0, num_items, block)]
+    kept: dict[tuple[int, int], Tensor] = {}
+    keep = len(ranges) == 1 or size * num_items * 8 <= KEEP_BYTES
+
+    def scores(span: tuple[int, int]) -> Tensor:
+        if span in kept:
+            return kept[span]
+        values = scorer(span) if scorer is not None else recommender.scores(batch, span)
+        if tuple(values.shape) != (size, span[1] - span[0]) or not values.is_floating_point():
+            raise UserError(
+                f"{name}.scores gave {values.dtype} of shape {tuple(values.shape)}; "
+                f"floats of shape {(size, span[1] - span[0])} are right"
+            )
+        if keep:
+            kept[span] = values
+        return values
+
+    own: Tensor | None = None
+    target = torch.from_numpy(truth)
+    for span in ranges:  # first pass: each target's own score, from the block that holds it
+        inside = (target >= span[0]) & (target < span[1])
+        if inside.any():
+            values = scores(span)
+            own = values.new_empty(size) if own is None else own
+            at = inside.nonzero()[:, 0].to(values.device)
+            own[at] = values[at, target[inside].to(values.device) - span[0]]
+    assert own is not None
+
+    better = torch.zeros(size, dtype=torch.int64, device=own.device)
+    tied = torch.zeros_like(better)
+    wrong = torch.zeros((), dtype=torch.bool, device=own.device)
+    for span in ranges:
+        values = scores(span)
+        wrong |= torch.isnan(values).any()
+        above, equal = values > own[:, None], values == own[:, None]
+        if masked is not None:
+            inside = (masked[1] >= span[0]) & (masked[1] < span[1])
+            row = torch.from_numpy(masked[0][inside]).to(own.device)
+            item = torch.from_numpy(masked[1][inside] - span[0]).to(own.device)
+            above[row, item] = False
+            equal[row, item] = False
+        better += above.sum(1)
+        tied += equal.sum(1)
+    if bool(wrong):  # one device sync a batch, not one a block
+        raise UserError(f"{name} gave NaN scores; training has diverged, try a smaller learning rate")
+    return better.cpu().numpy(), tied.cpu().numpy() - 1

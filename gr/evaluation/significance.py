@@ -1,0 +1,85 @@
+"""Is A better than B on the same targets? A paired bootstrap over users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gr.errors import UserError
+from gr.evaluation.metrics import per_target
+from gr.evaluation.ranking import Ranks
+
+CHUNK = 2**22  # multinomial counts drawn at a time
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``difference`` = mean(A) - mean(B), its bootstrap 95 % interval and two-sided p-value."""
+
+    metric: str
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    num_users: int
+
+
+def compare(a: Ranks, b: Ranks, metric: str = "ndcg@10", samples: int = 10_000, seed: int = 0) -> Comparison:
+    """Compares two rankings of the same targets.
+
+    Raises:
+        UserError: The two do not rank the same targets.
+    """
+    for name in ("user", "position", "target"):
+        if not np.array_equal(getattr(a, name), getattr(b, name)):
+            raise UserError(
+                f"the two rankings differ in their targets ({name}); compare runs of one data set and split"
+            )
+    return paired_bootstrap(per_target(a, metric), per_target(b, metric), a.user, samples, seed, metric)
+
+
+def paired_bootstrap(
+    a: np.ndarray,
+    b: np.ndarray,
+    user: np.ndarray | None = None,
+    samples: int = 10_000,
+    seed: int = 0,
+    metric: str = "",
+) -> Comparison:
+    """Resamples users with replacement; all targets of a user stay together.
+
+    Args:
+        a: (n,) metric of A by target.
+        b: (n,) metric of B by target.
+        user: (n,) whose target it is; ``None``: every target is its own user.
+        samples: Bootstrap samples.
+        seed: Of the resampling.
+        metric: Name carried into the result.
+    """
+    user = np.arange(len(a)) if user is None else user
+    _, inverse = np.unique(user, return_inverse=True)
+    total = np.bincount(inverse, weights=a - b)
+    count = np.bincount(inverse)
+    # Users with the same (sum, count) are interchangeable, so a bootstrap sample is one multinomial draw over
+    # the distinct pairs. NDCG@10 takes a dozen values without ties: 10,000 samples cost milliseconds whatever
+    # n is.
+    kinds, frequency = np.unique(np.stack([total, count], axis=1), axis=0, return_counts=True)
+    num_users = len(total)
+    rng = np.random.default_rng(seed)
+    drawn = []
+    step = max(1, CHUNK // len(kinds))
+    for lo in range(0, samples, step):
+        weights = rng.multinomial(num_users, frequency / num_users, size=min(step, samples - lo))
+        drawn.append((weights @ kinds[:, 0]) / (weights @ kinds[:, 1]))
+    means = np.concatenate(drawn)
+    tail = min((means <= 0).sum(), (means >= 0).sum())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Comparison(
+        metric=metric,
+        difference=float((a - b).mean()),
+        low=float(low),
+        high=float(high),
+        p_value=float(min(1.0, 2.0 * (tail + 1) / (samples + 1))),  # + 1: the sample itself, so p is never 0
+        num_users=num_users,
+    )

@@ -1,0 +1,127 @@
+"""Objectives of a retrieval model: what is drawn before look-up, and the loss over the vectors that come back.
+
+``negatives(cfg)`` tells the loader what to draw; the builder returns a function
+``(query (S, D), vectors, batch, model) -> (S,) losses``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from gr import losses
+from gr.config import Registry
+from gr.data.batch import JaggedBatch
+from gr.data.negatives import NegativesConfig
+from gr.errors import UserError
+
+if TYPE_CHECKING:
+    from gr.models.retrieval import RetrievalModel
+
+ObjectiveFunction = Callable[["RetrievalModel", Tensor, dict[str, Tensor], JaggedBatch], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullSoftmaxConfig:
+    """Cross-entropy over the whole catalogue: exact, and the cheapest there is below some 10,000 items."""
+
+    kind: str = "full_softmax"
+
+    def negatives(self) -> NegativesConfig:
+        return NegativesConfig(kind="none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledSoftmaxConfig:
+    """The paper's recipe by default: 128 uniform negatives for each position, no correction."""
+
+    kind: str = "sampled_softmax"
+    num_negatives: int = 128
+    sampler: Literal["uniform", "popularity"] = "uniform"
+    shared: bool = False
+    """One draw for the whole global batch instead of one for each position."""
+    correct: bool = False
+    """Subtract log q (of any use only where q is not uniform)."""
+
+    def __post_init__(self) -> None:
+        if self.num_negatives < 1:
+            raise UserError(f"num_negatives is {self.num_negatives}; it must be at least 1")
+
+    def negatives(self) -> NegativesConfig:
+        return NegativesConfig(kind=self.sampler, num=self.num_negatives, shared=self.shared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBatchConfig:
+    """The other labels of the global batch as negatives: de-duplicated, corrected by log q."""
+
+    kind: str = "in_batch"
+    correct: bool = True
+
+    def negatives(self) -> NegativesConfig:
+        return NegativesConfig(kind="in_batch", shared=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BCEConfig:
+    """Binary cross-entropy against uniform negatives, as SASRec was first trained."""
+
+    kind: str = "bce"
+    num_negatives: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_negatives < 1:
+            raise UserError(f"num_negatives is {self.num_negatives}; it must be at least 1")
+
+    def negatives(self) -> NegativesConfig:
+        return NegativesConfig(kind="uniform", num=self.num_negatives, shared=False)
+
+
+def _collision(batch: JaggedBatch) -> Tensor:
+    """(S, R) bool: the negative is the position's own label."""
+    assert batch.labels is not None and batch.negatives is not None
+    return batch.labels.item_id.unsqueeze(1) == batch.negatives.ids
+
+
+def _full_softmax(cfg: FullSoftmaxConfig) -> ObjectiveFunction:
+    def run(model: RetrievalModel, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
+        logits = model.logits(query, (0, model.num_items))
+        return losses.full_softmax(logits, batch.labels.item_id)
+
+    return run
+
+
+def _sampled(cfg: SampledSoftmaxConfig | InBatchConfig) -> ObjectiveFunction:
+    def run(model: RetrievalModel, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
+        drawn = batch.negatives
+        return losses.sampled_softmax(
+            query,
+            vectors["label"],
+            vectors["negative"],
+            scale=model.similarity.scale,
+            collision=_collision(batch),
+            log_q=drawn.log_q if cfg.correct else None,
+            positive_log_q=drawn.positive_log_q if cfg.correct else None,
+        )
+
+    return run
+
+
+def _bce(cfg: BCEConfig) -> ObjectiveFunction:
+    def run(model: RetrievalModel, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
+        return losses.binary_cross_entropy(
+            query, vectors["label"], vectors["negative"], scale=model.similarity.scale, collision=_collision(batch)
+        )
+
+    return run
+
+
+OBJECTIVES: Registry = {
+    "full_softmax": (FullSoftmaxConfig, _full_softmax),
+    "sampled_softmax": (SampledSoftmaxConfig, _sampled),
+    "in_batch": (InBatchConfig, _sampled),
+    "bce": (BCEConfig, _bce),
+}

@@ -1,0 +1,163 @@
+"""A retrieval model: tables -> preprocessor -> sequence encoder -> similarity with every item.
+
+It knows nothing of parallelism. One look-up a step serves tokens, labels and negatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from gr import flops
+from gr.config import OneOf, build
+from gr.data.batch import JaggedBatch
+from gr.embedding.local import LocalTables, TableSpec
+from gr.errors import UserError
+from gr.flops import StepCost
+from gr.losses import Losses
+from gr.models.objectives import OBJECTIVES
+from gr.models.recommender import Ranked
+from gr.modules.encoders import ENCODERS
+from gr.modules.hstu import HSTUConfig
+from gr.modules.preprocess import Preprocessor, PreprocessorConfig
+from gr.modules.similarity import Similarity, SimilarityConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A retrieval model of width ``dim``."""
+
+    dim: int = 64
+    encoder: Annotated[Any, OneOf(ENCODERS, default="hstu")] = field(default_factory=HSTUConfig)
+    preprocessor: PreprocessorConfig = field(default_factory=PreprocessorConfig)
+    similarity: SimilarityConfig = field(default_factory=SimilarityConfig)
+    table_init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise UserError(f"dim is {self.dim}; it must be at least 1")
+        if self.table_init_std <= 0:
+            raise UserError(f"table_init_std is {self.table_init_std}; it must be positive")
+
+
+class RetrievalModel(nn.Module):
+    """Predicts the next item from a user's history.
+
+    Args:
+        cfg: The model.
+        objective: Config of a registered objective.
+        num_items: V.
+        num_actions: Kinds of action; 0 where the layout does not use them.
+        layout: ``items``, ``interleaved`` or ``added``.
+        max_tokens: Longest row the layout writes.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, objective: Any, *, num_items: int, num_actions: int, layout: str, max_tokens: int
+    ) -> None:
+        super().__init__()
+        self.cfg, self.num_items, self.num_actions, self.layout = cfg, num_items, num_actions, layout
+        specs = [TableSpec("item", num_items, cfg.dim, cfg.table_init_std)]
+        if layout != "items":
+            specs.append(TableSpec("action", num_actions, cfg.dim, cfg.table_init_std))
+        self.tables = LocalTables(tuple(specs))
+        self.preprocessor = Preprocessor(cfg.preprocessor, cfg.dim, max_tokens, layout)
+        self.encoder = build(ENCODERS, cfg.encoder, cfg.dim, max_tokens)
+        self.similarity = Similarity(cfg.similarity)
+        self._objective = build(OBJECTIVES, objective)
+
+    def table_parameters(self) -> list[nn.Parameter]:
+        """Parameters that belong to tables."""
+        return list(self.tables.parameters())
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """All others."""
+        owned = {id(p) for p in self.table_parameters()}
+        return [p for p in self.parameters() if id(p) not in owned]
+
+    def encode(self, batch: JaggedBatch, extra: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Output vectors (T, D), and the vectors of ``extra`` item ids from the same look-up."""
+        wanted = {"token": batch.tokens["item_id"], **(extra or {})}
+        flat = torch.cat([ids.reshape(-1) for ids in wanted.values()])
+        request = {"item": flat}
+        if self.layout != "items":
+            request["action"] = batch.tokens["action"]
+        looked_up = self.tables(request)
+        parts = looked_up["item"].split([ids.numel() for ids in wanted.values()])
+        vectors = {
+            name: part.view(*ids.shape, -1) for (name, ids), part in zip(wanted.items(), parts, strict=True)
+        }
+        inputs = {"item": vectors.pop("token")}
+        if "action" in looked_up:
+            inputs["action"] = looked_up["action"]
+        return self.encoder(self.preprocessor(inputs, batch), batch), vectors
+
+    def logits(self, query: Tensor, item_range: tuple[int, int]) -> Tensor:
+        """(S, hi - lo) scores of prepared queries (S, D) against items lo..hi-1."""
+        scores = self.tables.logits(query, "item", item_range, self.similarity.item)
+        return scores if self.similarity.scale == 1.0 else scores * self.similarity.scale
+
+    def forward(self, batch: JaggedBatch) -> Losses:
+        """One training step's losses over the batch's labels."""
+        labels = batch.labels
+        assert labels is not None, "a training batch has labels"
+        extra = {}
+        if batch.negatives is not None:
+            extra = {"label": labels.item_id, "negative": batch.negatives.ids}
+        encoded, vectors = self.encode(batch, extra)
+        query = self.similarity.query(encoded[labels.position])
+        vectors = {name: self.similarity.item(vector) for name, vector in vectors.items()}
+        each = self._objective(self, query, vectors, batch)
+        total = (each * labels.weight).sum()
+        return Losses(total=total, parts={"loss": total.detach()}, weight=labels.weight.sum())
+
+    def step_cost(self, batch: JaggedBatch) -> StepCost:
+        """Exact pairs and forward FLOPs of a training batch; call it before the batch leaves the host.
+
+        Counted are the encoder's matrix products and the scores of the objective; look-ups cost no FLOPs.
+        """
+        pairs = self.encoder.pairs(batch)
+        forward = sum(self.encoder.forward_flops(batch.num_tokens, pairs).values())
+        if batch.labels is not None:
+            supervised, dim = batch.labels.item_id.numel(), self.cfg.dim
+            if batch.negatives is None:
+                forward += flops.full_softmax_flops(supervised=supervised, dim=dim, num_items=self.num_items)
+            else:
+                drawn = batch.negatives.ids.shape[-1]
+                forward += flops.sampled_softmax_flops(supervised=supervised, dim=dim, negatives=drawn)
+        return StepCost(batch.num_tokens, pairs, forward)
+
+    @torch.no_grad()
+    def query(self, batch: JaggedBatch) -> Tensor:
+        """(B, D) prepared query of each row's last token."""
+        encoded, _ = self.encode(batch)
+        return self.similarity.query(encoded[batch.last_positions()])
+
+    @torch.no_grad()
+    def scorer(self, batch: JaggedBatch) -> Callable[[tuple[int, int]], Tensor]:
+        """``item_range -> (B, hi - lo)`` scores; histories are encoded once, however many ranges are asked for."""
+        query = self.query(batch)
+
+        def score(item_range: tuple[int, int]) -> Tensor:
+            with torch.no_grad():
+                return self.logits(query, item_range)
+
+        return score
+
+    @torch.no_grad()
+    def scores(self, batch: JaggedBatch, item_range: tuple[int, int]) -> Tensor:
+        """(B, hi - lo) scores of items lo..hi-1 for the event after each row's last token."""
+        return self.logits(self.query(batch), item_range)
+
+    @torch.no_grad()
+    def recommend(self, batch: JaggedBatch, k: int, exclude: Tensor | None = None) -> Ranked:
+        """The k best items for each row; ``exclude`` (B, V) bool are never shown."""
+        scores = self.scores(batch, (0, self.num_items)).float()
+        if exclude is not None:
+            scores = scores.masked_fill(exclude, float("-inf"))
+        best, items = scores.topk(min(k, self.num_items), dim=1)
+        return Ranked(items=items.masked_fill(best == float("-inf"), -1), scores=best)

@@ -1,0 +1,171 @@
+"""The softmax Transformer encoder: SASRec as the HSTU reference has it, and a plain pre-norm one.
+
+Both share the model's trunk with HSTU (tables, preprocessor, similarity, objective), so that a comparison of
+the two is a comparison of encoders. Jagged in, jagged out; padded inside for
+``scaled_dot_product_attention``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gr import flops
+from gr.errors import UserError
+from gr.kernels.hstu_attention import Mask, visible_pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """A causal softmax Transformer.
+
+    Attributes:
+        num_layers: Blocks of attention and feed-forward.
+        num_heads: Must divide the model width.
+        ffn_dim: Hidden width of the feed-forward part; None is the model width, as in SASRec.
+        dropout: On attention probabilities and twice in the feed-forward part.
+        activation: Of the feed-forward part.
+        block: "sasrec": the query alone is normalised, and the residuals start from the normalised vectors;
+            "pre_norm": the usual ``x + f(norm(x))``.
+        final_norm: A last LayerNorm over the output.
+        norm_eps: Of every LayerNorm.
+    """
+
+    kind: str = "transformer"
+    num_layers: int = 2
+    num_heads: int = 1
+    ffn_dim: int | None = None
+    dropout: float = 0.2
+    activation: Literal["relu", "gelu"] = "relu"
+    block: Literal["sasrec", "pre_norm"] = "sasrec"
+    final_norm: bool = False
+    norm_eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"encoder.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"encoder.dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """Where tokens lie in the padded form, and which pairs are seen; one for all layers."""
+
+    batch: int
+    width: int
+    slots: Tensor  # (T,) int64
+    mask: Tensor | None  # (B, 1, N, N) bool; None: causal
+
+    def pad(self, x: Tensor) -> Tensor:
+        padded = x.new_zeros((self.batch * self.width, *x.shape[1:]))
+        return padded.index_copy(0, self.slots, x).view(self.batch, self.width, *x.shape[1:])
+
+
+def _padding(batch: Any, num_tokens: int) -> _Padding:
+    offsets, device = batch.offsets, batch.offsets.device
+    rows, width = offsets.shape[0] - 1, max(batch.max_seq_len, 1)
+    shift = torch.arange(rows, device=device) * width - offsets[:-1]
+    slots = torch.arange(num_tokens, device=device) + shift.repeat_interleave(
+        offsets.diff(), output_size=num_tokens
+    )
+    targets, contextual = batch.rows.get("num_targets"), batch.rows.get("num_contextual")
+    if targets is None and contextual is None:
+        return _Padding(rows, width, slots, None)
+    seen = visible_pairs(Mask(num_targets=targets, num_contextual=contextual), offsets, max_seq_len=width)
+    # A softmax over nothing is NaN: padding queries see themselves, and nobody reads them.
+    mask = torch.eye(width, dtype=torch.bool, device=device).repeat(rows, 1, 1)
+    mask[:, : seen.shape[1], : seen.shape[2]] |= seen
+    return _Padding(rows, width, slots, mask[:, None])
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward with residuals."""
+
+    def __init__(self, config: TransformerConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.ffn_dim or dim
+        self.attention_norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.ffn_norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.ffn_in = nn.Linear(dim, hidden)
+        self.ffn_out = nn.Linear(hidden, dim)
+        for linear in (self.query, self.key_value, self.out, self.ffn_in, self.ffn_out):
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, padding: _Padding) -> Tensor:
+        normed = self.attention_norm(x)
+        # SASRec's keys and values come from the raw vectors, and its residual from the normalised ones.
+        sasrec = self.config.block == "sasrec"
+        attended = self._attention(normed, x if sasrec else normed, padding)
+        x = (normed if sasrec else x) + attended
+        normed = self.ffn_norm(x)
+        hidden = self.ffn_in(normed)
+        hidden = F.relu(hidden) if self.config.activation == "relu" else F.gelu(hidden)
+        hidden = F.dropout(hidden, self.config.dropout, self.training)
+        update = F.dropout(self.ffn_out(hidden), self.config.dropout, self.training)
+        return (normed if sasrec else x) + update
+
+    def _attention(self, query: Tensor, memory: Tensor, padding: _Padding) -> Tensor:
+        heads, width = self.config.num_heads, query.shape[1]
+        parts = (self.query(query), *self.key_value(memory).split(width, dim=1))
+        q, k, v = (padding.pad(part.view(-1, heads, width // heads)).transpose(1, 2) for part in parts)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=padding.mask,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            is_causal=padding.mask is None,
+        )
+        out = out.transpose(1, 2).reshape(padding.batch * padding.width, width)
+        return self.out(out.index_select(0, padding.slots))
+
+
+class Transformer(nn.Module):
+    """A SequenceEncoder: ``(x (T, D), batch) -> (T, D)``."""
+
+    needs_times = False
+
+    def __init__(self, config: TransformerConfig, dim: int) -> None:
+        super().__init__()
+        if dim % config.num_heads:
+            raise UserError(f"encoder.num_heads must divide the model width {dim}, got {config.num_heads}")
+        self.config = config
+        self.dim = dim
+        self.layers = nn.ModuleList(TransformerBlock(config, dim) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.final_norm else nn.Identity()
+
+    def forward(self, x: Tensor, batch: Any) -> Tensor:
+        padding = _padding(batch, x.shape[0])
+        for layer in self.layers:
+            x = layer(x, padding)
+        return self.norm(x)
+
+    def pairs(self, batch: Any) -> int:
+        """(query, key) pairs that the causal mask leaves, exactly."""
+        return flops.pairs(batch.offsets.diff(), batch.rows.get("num_targets"), batch.rows.get("num_contextual"))
+
+    def forward_flops(self, tokens: int, pairs: int) -> dict[str, int]:
+        """FLOPs by component (:mod:`gr.flops`)."""
+        return flops.transformer_flops(
+            dim=self.dim,
+            num_layers=self.config.num_layers,
+            ffn_dim=self.config.ffn_dim or self.dim,
+            tokens=tokens,
+            pairs=pairs,
+        )
+
+
+def build_transformer(config: TransformerConfig, dim: int, max_tokens: int) -> Transformer:
+    """Registered in :data:`gr.modules.encoders.ENCODERS` as "transformer"; any length will do."""
+    return Transformer(config, dim)

@@ -1,0 +1,271 @@
+"""The retrieval recipe: prepare -> train -> baselines -> evaluate -> report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from gr import config as configs
+from gr.config import config_hash
+from gr.data.ceiling import ceiling
+from gr.data.layout import evaluation_batch
+from gr.data.planted import PlantedConfig
+from gr.data.split import Split, Targets, training_events
+from gr.data.store import EventStore
+from gr.distributed.process import ProcessContext, all_gather_object, main_only_errors
+from gr.evaluation.audit import audit
+from gr.evaluation.metrics import means, summarise
+from gr.evaluation.ranking import Ranks, rank_targets
+from gr.evaluation.saved_ranks import load_ranks, save_ranks
+from gr.evaluation.significance import compare
+from gr.evaluation.tuning import tune_all
+from gr.evaluation.baselines import LABELS
+from gr.models.retrieval import RetrievalModel
+from gr.recipes.stage import Stage, run_stage
+from gr.report.report import write_report
+from gr.training.assemble import assemble, eval_loader, open_data, sample_targets, train_loader
+from gr.training.checkpoint import load_torch, write_json
+from gr.training.phase import Phase
+from gr.training.run_config import RunConfig
+from gr.training.run_folder import RunFolder, claim
+from gr.training.trainer import Trainer
+
+EXAMPLE_USERS = 4
+EXAMPLE_HISTORY = 8
+
+
+def run(config: RunConfig, ctx: ProcessContext, argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """Runs every stage that is not done yet.
+
+    Returns:
+        The contents of ``results.json``; ``None`` if training was asked to stop and has saved.
+
+    Raises:
+        UserError: Bad input, or a run folder of another config.
+    """
+    path = Path(config.runs) / config.name
+    with main_only_errors(ctx) as main:
+        if main:
+            claim(path, config, argv)
+    folder = RunFolder(path)
+    store, split = open_data(config)
+    key = {"config": config_hash(config), "data": store.manifest["content_hash"]}
+
+    trained = run_stage(
+        Stage("train", key, partial(_train, config, ctx, store, split, folder), everywhere=True, outputs=("best.pt",)),
+        path,
+        ctx,
+    )["result"]
+    if trained["status"] == "stopped":
+        return None
+    judged = {"split": configs.to_dict(config.split), "layout": configs.to_dict(config.layout),
+              "evaluation": configs.to_dict(config.evaluation), "data": key["data"]}  # fmt: skip
+    counted = run_stage(Stage("baselines", judged, partial(_baselines, config, ctx, store, split)), path, ctx)["result"]
+    evaluate = partial(_evaluate, config, ctx, store, split, folder, trained, counted)
+    outputs = ("ranks_test.parquet", "results.json")
+    results = run_stage(
+        Stage("evaluate", {**key, "trained": trained}, evaluate, everywhere=True, outputs=outputs), path, ctx
+    )["result"]
+    run_stage(Stage("report", {"results": results}, partial(_report, folder), outputs=("report.html",)), path, ctx)
+    return results
+
+
+def _rank(
+    config: RunConfig, ctx: ProcessContext, store: EventStore, targets: Targets, recommender: Any, alone: bool = False
+) -> Ranks:
+    """Ranks of all targets, computed by all ranks together, or by this one ``alone``."""
+    worker = ProcessContext(device=ctx.device) if alone else ctx
+    loader = eval_loader(config, store, targets, worker)
+    device = ctx.device if isinstance(recommender, RetrievalModel) else None
+    gather = None if worker.world == 1 else partial(all_gather_object, ctx=ctx)
+    return rank_targets(recommender, loader, config.evaluation.mask_seen, device=device, gather=gather)
+
+
+def _train(
+    config: RunConfig, ctx: ProcessContext, store: EventStore, split: Split, folder: RunFolder, _: Path
+) -> dict[str, Any]:
+    validate = None
+    if split.valid is not None:
+        targets = sample_targets(split.valid, config.evaluation.validation_users)
+
+        def validate(model: RetrievalModel) -> dict[str, float]:
+            return means(_rank(config, ctx, store, targets, model), config.evaluation.ks)
+
+    trainer = Trainer(
+        assemble(config, store, split),
+        [Phase("train")],
+        train_loader(config, store, split, ctx),
+        validate,
+        config.train,
+        ctx,
+        folder.path,
+        config.seed,
+    )
+    result = trainer.fit()
+    return {
+        "status": result.status,
+        "best_step": result.best_step,
+        "best_metrics": result.best_metrics,
+        "epochs_run": result.epochs,
+        "loss": result.loss,
+        "seconds": result.seconds,
+        "tokens_per_s": result.tokens_per_s,
+        "model_flops": result.model_flops,
+    }
+
+
+def _baselines(config: RunConfig, ctx: ProcessContext, store: EventStore, split: Split, folder: Path) -> dict[str, Any]:
+    tuned = tune_all(
+        store, split, config.layout, config.evaluation.mask_seen, kinds=config.evaluation.baselines
+    )
+    for kind, best in tuned.items():
+        print(best.table(), flush=True)
+        save_ranks(_rank(config, ctx, store, split.test, best.recommender, alone=True), folder / f"ranks_{kind}.parquet")
+    return {kind: {"setting": best.setting, "grid": best.rows} for kind, best in tuned.items()}
+
+
+def _evaluate(
+    config: RunConfig,
+    ctx: ProcessContext,
+    store: EventStore,
+    split: Split,
+    folder: RunFolder,
+    trained: dict[str, Any],
+    counted: dict[str, Any],
+    _: Path,
+) -> dict[str, Any]:
+    model = assemble(config, store, split).to(ctx.device)
+    model.load_state_dict(load_torch(folder.best, ctx.device)["model"])
+    model.eval()
+    ranks = _rank(config, ctx, store, split.test, model)
+    if not ctx.is_main:
+        return {}
+    save_ranks(ranks, folder.path / "ranks_test.parquet")
+    label, ks = model_label(config), config.evaluation.ks
+    by_label = {label: ranks}
+    for kind in counted:
+        by_label[LABELS[kind]] = load_ranks(folder.path / "stages" / "baselines" / f"ranks_{kind}.parquet")
+    estimates = {name: summarise(found, ks) for name, found in by_label.items()}
+    metrics = {name: {m: e.to_dict() for m, e in found.items()} for name, found in estimates.items()}
+    for kind, found in counted.items():
+        metrics[LABELS[kind]]["setting"] = found["setting"]
+    best = ceiling(store, config.data, split.test, ks) if isinstance(config.data, PlantedConfig) else None
+    alone = ProcessContext()
+    loader = train_loader(config, store, split, alone)
+    loader.sampler = None
+    findings = audit(
+        store,
+        split,
+        eval_loader(config, store, split.test, alone),
+        (loader.batch(0, index, 0) for index in range(loader.num_batches(0))),
+        estimates,
+        best,
+    )
+    results = {
+        "name": config.name,
+        "config_hash": config_hash(config),
+        "seed": config.seed,
+        "data": describe_data(store, split),
+        "protocol": {
+            "split": config.split.kind,
+            "ranking": "full",
+            "mask_seen": config.evaluation.mask_seen,
+            "ties": "middle rank; metrics averaged over the order of ties",
+            "num_candidates": store.num_items,
+        },
+        "model": {
+            "label": label,
+            "parameters_dense": sum(p.numel() for p in model.dense_parameters()),
+            "parameters_tables": sum(p.numel() for p in model.table_parameters()),
+            **trained,
+        },
+        "metrics": metrics,
+        "ceiling": best,
+        "baseline_grids": {kind: found["grid"] for kind, found in counted.items()},
+        "comparison": _comparison(label, by_label),
+        "audit": [finding.to_dict() for finding in findings],
+        "examples": examples(config, store, split.test, model, ctx),
+    }
+    if best is not None:
+        results["ceiling_without_times"] = ceiling(store, config.data, split.test, ks, see_times=False)
+    write_json(folder.results, results)
+    return results
+
+
+def _comparison(label: str, by_label: dict[str, Ranks]) -> dict[str, Any] | None:
+    """The model against the best baseline on the test targets: paired bootstrap over users."""
+    others = [name for name in by_label if name != label]
+    if not others:
+        return None
+    rival = max(others, key=lambda name: means(by_label[name])["ndcg@10"])
+    found = compare(by_label[label], by_label[rival], "ndcg@10")
+    return {"rival": rival, "metric": "ndcg@10", **{k: v for k, v in vars(found).items() if k != "metric"}}
+
+
+def _report(folder: RunFolder, _: Path) -> dict[str, Any]:
+    return {"report": write_report(folder.path).name}
+
+
+def model_label(config: RunConfig) -> str:
+    """What tables call the model."""
+    encoder = config.model.encoder
+    name = {"hstu": "HSTU", "transformer": "SASRec"}.get(encoder.kind, encoder.kind)
+    return f"{name} without time bias" if getattr(encoder, "time_bias", None) is False else name
+
+
+def describe_data(store: EventStore, split: Split) -> dict[str, Any]:
+    """Counts and caveats for the results."""
+    lengths = store.lengths
+    return {
+        "source": store.manifest.get("source", ""),
+        "users": store.num_users,
+        "items": store.num_items,
+        "events": store.num_events,
+        "train_events": int(training_events(store, split).sum()),
+        "valid_targets": 0 if split.valid is None else len(split.valid),
+        "test_targets": len(split.test),
+        "mean_length": float(lengths.mean()),
+        "median_length": float(np.median(lengths)),
+        "density": store.num_events / (store.num_users * store.num_items),
+        "has_times": store.has_times,
+        "caveats": list(store.manifest.get("caveats", [])),
+        "repairs": dict(store.manifest.get("repairs", {})),
+    }
+
+
+def examples(
+    config: RunConfig, store: EventStore, targets: Targets, model: RetrievalModel, ctx: ProcessContext
+) -> list[dict[str, Any]]:
+    """What a few test users would be shown."""
+    rows = np.linspace(0, len(targets) - 1, min(EXAMPLE_USERS, len(targets))).round().astype(np.int64)
+    batch = evaluation_batch(store, targets, rows, config.layout).to(ctx.device)
+    ranked = model.recommend(batch, 10)
+    shown = []
+    for row, index in enumerate(rows):
+        user, position = targets.user[index], targets.position[index]
+        start = store.offsets[user]
+        events = store.columns["item_id"][start + max(0, position - EXAMPLE_HISTORY) : start + position + 1]
+        titles = _titles(store, events)
+        shown.append(
+            {
+                "user": str(store.user_ids[int(user)].as_py()),
+                "history": titles[:-1],
+                "target": titles[-1],
+                "recommended": [
+                    {"title": title, "score": score}
+                    for title, score in zip(
+                        _titles(store, ranked.items[row].cpu().numpy()), ranked.scores[row].tolist(), strict=True
+                    )
+                ],
+            }
+        )
+    return shown
+
+
+def _titles(store: EventStore, items: np.ndarray) -> list[str]:
+    return [str(title) for title in pc.take(store.items["title"], items).to_pylist()]

@@ -1,0 +1,87 @@
+"""Everything a run is made of: one frozen dataclass, one YAML file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from gr.config import OneOf, runtime
+from gr.data.layout import LayoutConfig
+from gr.data.planted import PlantedConfig
+from gr.data.sources import SOURCES
+from gr.data.split import SPLITS, LeaveOneOutConfig
+from gr.errors import UserError
+from gr.evaluation.baselines import BASELINES
+from gr.models.objectives import OBJECTIVES, FullSoftmaxConfig
+from gr.models.retrieval import ModelConfig
+from gr.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How a model is judged.
+
+    Attributes:
+        ks: Cut-offs of HR and NDCG.
+        mask_seen: Items that the user has already had leave the candidates (the target never does). Right for
+            logs in which nobody repeats an item; wrong where people do.
+        batch_size: Histories encoded at a time. Part of the protocol: with it the ranks are the same on any
+            number of processes, bit for bit.
+        validation_users: Validation targets used during training, an even sample; 0: all.
+        baselines: Judged beside the model, tuned on validation.
+    """
+
+    ks: tuple[int, ...] = (1, 5, 10, 50)
+    mask_seen: bool = False
+    batch_size: int = 256
+    validation_users: int = 0
+    baselines: tuple[str, ...] = ("popularity", "repeat_last", "markov", "item_knn")
+
+    def __post_init__(self) -> None:
+        if not self.ks or min(self.ks) < 1 or 10 not in self.ks:
+            raise UserError(f"evaluation.ks is {list(self.ks)}; it must be positive and include 10")
+        if self.batch_size < 1 or self.validation_users < 0:
+            raise UserError(
+                "evaluation.batch_size must be at least 1 and evaluation.validation_users at least 0"
+            )
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise UserError(f"evaluation.baselines has {name!r}; known are {', '.join(BASELINES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run.
+
+    Attributes:
+        name: Its folder is ``<runs>/<name>``.
+        seed: Of weights, order, dropout and negatives. The data have a seed of their own.
+        data: Where the log comes from.
+        split: What trains and what is held out.
+        layout: How events become tokens.
+        model: The network.
+        objective: The loss and its negatives.
+        train: Optimizer, schedule, length, checkpoints.
+        evaluation: How the model is judged.
+        runs: Folder of run folders.
+        cache: Folder of prepared data.
+        device: ``auto`` is CUDA where there is one.
+    """
+
+    name: str = runtime("run")
+    seed: int = 0
+    data: Annotated[Any, OneOf(SOURCES)] = field(default_factory=PlantedConfig)
+    split: Annotated[Any, OneOf(SPLITS, default="leave_one_out")] = field(default_factory=LeaveOneOutConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: Annotated[Any, OneOf(OBJECTIVES)] = field(default_factory=FullSoftmaxConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    runs: str = runtime("runs")
+    cache: str = runtime("cache")
+    device: Literal["auto", "cpu", "cuda"] = runtime("auto")
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise UserError(f"name is {self.name!r}; a run's name is letters, digits, '.', '_' and '-'")

@@ -1,0 +1,123 @@
+"""One optimizer step: gradients of sums, one global normaliser, clipping, update."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gr.data.batch import JaggedBatch
+from gr.distributed.dense import no_sync
+from gr.distributed.process import ProcessContext, all_reduce_sum
+from gr.training.phase import Phase, StepContext
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """On the device, so that nothing waits for it.
+
+    Attributes:
+        sums: (2 + parts,) float64: total, weight and the named parts, over micro-batches and ranks.
+        parts: Names of the parts.
+        grad_norm: Scalar, of the dense parameters' gradient before clipping.
+        tokens: This rank's tokens; likewise ``pairs`` and ``forward_flops``, as far as the model tells.
+    """
+
+    sums: Tensor
+    parts: tuple[str, ...]
+    grad_norm: Tensor
+    tokens: int
+    pairs: int
+    forward_flops: int
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds torch for one step, so that a resumed run draws what an undisturbed one would have drawn."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def run_step(
+    model: nn.Module,
+    phase: Phase,
+    optimizer: torch.optim.Optimizer,
+    dense: Sequence[nn.Parameter],
+    batches: Iterable[JaggedBatch],
+    num_batches: int,
+    context: StepContext,
+    ctx: ProcessContext,
+    *,
+    clip_norm: float | None,
+    bf16: bool,
+    step_cost=None,
+) -> StepResult:
+    """Backward over the micro-batches, then one update.
+
+    The gradient is that of sum(total) / sum(weight) over all micro-batches of all ranks: gradients of totals
+    are accumulated and divided once, before clipping. However sequences are dealt to ranks and micro-batches,
+    the loss and its gradient are the same.
+
+    Args:
+        model: As wrapped for data parallelism.
+        phase: Gives the objective.
+        optimizer: With this step's learning rate set.
+        dense: Parameters whose gradient is measured and clipped.
+        batches: Yields ``num_batches`` micro-batches.
+        num_batches: How many, the same on every rank.
+        context: Passed to the objective.
+        ctx: Rank, world and device.
+        clip_norm: Largest gradient norm, or ``None``.
+        bf16: Whether matrix products run in bfloat16.
+        step_cost: ``batch -> StepCost`` with tokens, pairs, forward_flops; ``None``: only tokens are counted.
+
+    Returns:
+        Sums and norm, still on the device.
+    """
+    device = ctx.device
+    optimizer.zero_grad(set_to_none=True)
+    seed_step(context.seed, context.step, ctx.rank)
+    sums: Tensor | None = None
+    names: tuple[str, ...] = ()
+    tokens = pairs = flops = 0
+    for number, batch in enumerate(batches):
+        assert batch.num_sequences > 0 and batch.num_tokens > 0, f"rank {ctx.rank} got an empty batch"
+        cost = step_cost(batch) if step_cost else None
+        tokens += cost.tokens if cost else batch.num_tokens
+        pairs += cost.pairs if cost else 0
+        flops += cost.forward_flops if cost else 0
+        batch = batch.to(device) if device.type != "cpu" else batch
+        # The last micro-batch's forward and backward both belong to the reducing pass.
+        if number + 1 < num_batches:
+            with no_sync(model):
+                losses = _forward_backward(model, phase, batch, context, device, bf16)
+        else:
+            losses = _forward_backward(model, phase, batch, context, device, bf16)
+        names = tuple(sorted(losses.parts))
+        scalars = [losses.total, losses.weight, *(losses.parts[name] for name in names)]
+        packed = torch.stack([torch.as_tensor(s, device=device).detach().double() for s in scalars])
+        sums = packed if sums is None else sums + packed
+    assert sums is not None, "a step needs a batch"
+    all_reduce_sum(sums, ctx)
+    # Data parallelism averages over ranks; the sum is wanted. A step without any weight keeps its zero
+    # gradient.
+    scale = ctx.world / torch.where(sums[1] > 0, sums[1], 1.0)
+    for group in optimizer.param_groups:
+        grads = [p.grad for p in group["params"] if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None])
+    grad_norm = grad_norm.to(device)
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(dense, clip_norm, grad_norm)
+    optimizer.step()
+    return StepResult(sums, names, grad_norm, tokens, pairs, flops)
+
+
+def _forward_backward(model, phase, batch, context, device, bf16):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        losses = phase.objective(model, batch, context)
+    losses.total.backward()
+    return losses

@@ -1,0 +1,535 @@
+"""The trainer: phases in order, epochs in a phase, steps in an epoch; saves, evaluates, stops and resumes
+exactly.
+
+A resumed run is bit-identical to an undisturbed one: batches are functions of (seed, epoch, index, step),
+torch is reseeded at every step, and a checkpoint holds everything else. (On three or more ranks the order in
+which gradients are summed may change after a resume, and on a GPU some kernels add in no fixed order: there,
+equal to rounding.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from gr.config import config_hash
+from gr.data.batch import JaggedBatch
+from gr.distributed.dense import wrap
+from gr.distributed.process import ProcessContext, broadcast_object, main_only_errors, sum_integers
+from gr.errors import UserError
+from gr.training.checkpoint import find_checkpoint, load_torch, save_checkpoint, save_torch
+from gr.training.config import TrainConfig
+from gr.training.log import MetricsLog
+from gr.training.optimizer import make_optimizer, set_lr, split_parameters
+from gr.training.phase import Phase, StepContext
+from gr.training.prefetch import prefetch
+from gr.training.progress import Progress, format_time
+from gr.training.run_folder import RunFolder
+from gr.training.schedule import check_schedule, lr_factor
+from gr.training.signals import Interrupted, StopSignal
+from gr.training.state import Best, Counts, TrainState
+from gr.training.step import StepResult, run_step
+
+FORMAT = 1
+_SYNC_EVERY_STEPS = 16
+"""On a GPU losses and stop flags are read this often: reading them at each step would leave it idle."""
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+class Loader(Protocol):
+    """What the trainer asks of a loader; both methods are pure."""
+
+    def num_batches(self, epoch: int) -> int:
+        """Batches in an epoch, the same on every rank."""
+        ...
+
+    def batch(self, epoch: int, index: int, step: int) -> JaggedBatch:
+        """This rank's share of a global batch, with negatives keyed by the optimizer step."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How training ended.
+
+    Attributes:
+        status: "done", or "stopped" by a signal (saved; the same command resumes).
+        step: Optimizer steps done.
+        epochs: Epochs completed in the last phase.
+        best_step: Step of the weights in ``best.pt``.
+        best_metrics: Their validation metrics; empty without validation.
+        loss: Mean loss per label over the whole run.
+        total: Exact counts over the whole run, including time before a resume.
+    """
+
+    status: str
+    step: int
+    epochs: int
+    best_step: int
+    best_metrics: dict[str, float]
+    loss: float
+    total: Counts
+
+    @property
+    def seconds(self) -> float:
+        """Time in the step loop, without evaluation and saving."""
+        return self.total.seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second of that time, all ranks together."""
+        return self.total.tokens_per_s
+
+    @property
+    def model_flops(self) -> int:
+        """Three times the forward FLOPs of everything learned from; 0 if the model does not count them."""
+        return self.total.model_flops
+
+
+@dataclass
+class _PhaseRun:
+    """A phase while it runs."""
+
+    phase: Phase
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    dense: list[nn.Parameter]
+    counts: list[int]
+    total_steps: int
+
+
+class Trainer:
+    """Trains a model through a list of phases.
+
+    After ``fit`` ends with status "done" the model holds the weights of ``best.pt``: the best on validation
+    where ``early_stopping`` selects, the last ones otherwise.
+
+    Args:
+        model: ``forward(batch) -> Losses``. Optional: ``table_parameters()``, ``step_cost(batch)`` (an object
+            with integers ``tokens``, ``pairs``, ``forward_flops``), ``find_unused_parameters``.
+        phases: At least one.
+        loader: Training batches.
+        evaluate: ``bare model -> metrics``, called in eval mode without gradients on every rank; ``None``: no
+            validation.
+        config: How to train.
+        ctx: Rank, world and device.
+        run_dir: Where files go; every rank must see it (rank 0 writes, all read on resume).
+        seed: Of everything drawn in training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        phases: Sequence[Phase],
+        loader: Loader,
+        evaluate: Evaluate | None,
+        config: TrainConfig,
+        ctx: ProcessContext,
+        run_dir: str | Path,
+        seed: int,
+    ) -> None:
+        assert phases, "training needs a phase"
+        if config.early_stopping is not None and evaluate is None:
+            raise UserError(
+                "early_stopping is set but the split has no validation targets; set early_stopping: null"
+            )
+        self.model = model.to(ctx.device)
+        self.phases = list(phases)
+        self.loader = loader
+        self.evaluate = evaluate
+        self.config = config
+        self.ctx = ctx
+        self.folder = RunFolder(Path(run_dir))
+        self.seed = seed
+        self.state = TrainState()
+        self._stop = StopSignal()
+        self._stopping = False
+        self._pending: list[tuple[int, StepResult]] = []
+        self._mark = 0.0
+        self._grad_norm = 0.0
+        self._log: MetricsLog | None = None
+        self._progress = Progress(enabled=ctx.is_main)
+        self._optimizer_state: dict[str, Any] | None = None
+        names = "/".join(phase.name for phase in self.phases)
+        self._fingerprint = hashlib.sha256(f"{config_hash(config)}/{seed}/{names}".encode()).hexdigest()[:12]
+
+    def fit(self) -> TrainResult:
+        """Trains from the last checkpoint, or from the model as it is, to the end.
+
+        Returns:
+            The result; on every rank the same.
+
+        Raises:
+            UserError: Non-finite loss, no training batch, a checkpoint that cannot be written or read.
+        """
+        with contextlib.ExitStack() as stack:
+            with main_only_errors(self.ctx) as main:
+                if main:
+                    stack.enter_context(self.folder.lock())
+            self._stop = stack.enter_context(StopSignal())
+            stack.callback(self._progress.close)
+            stack.enter_context(_kept_requires_grad(self.model))
+            self._stopping = False
+            self._pending.clear()
+            self._resume()
+            with main_only_errors(self.ctx) as main:
+                if main:
+                    events = self.folder.tensorboard if self.config.tensorboard else None
+                    self._log = MetricsLog(self.folder.metrics, events, self.state.step, self._progress.note)
+                    stack.callback(self._log.close)
+            if self.config.compile:
+                self.model.compile(dynamic=True)
+            while self.state.phase < len(self.phases):
+                if not self._run_phase():
+                    self._progress.note(f"saved at step {self.state.step}; the same command resumes")
+                    return self._result("stopped")
+            self._load_best()
+            return self._result("done")
+
+    # Phases and epochs --------------------------------------------------------------------------------------
+
+    def _run_phase(self) -> bool:
+        """Runs the current phase to its end; False if stopped (and saved) before."""
+        state, config = self.state, self.config
+        run = self._begin_phase()
+        self._progress.start(run.phase.name, state.phase_step, run.total_steps)
+        while state.phase_step < run.total_steps or state.index > 0:
+            self._run_epoch(run)
+            if self._stopping:
+                self._save(run.optimizer)
+                return False
+            if state.total.weight <= 0:
+                raise UserError(
+                    f"epoch {state.epoch + 1} held no label to learn from; "
+                    "the log needs users with two training events"
+                )
+            last = state.phase_step >= run.total_steps
+            due = last or (state.epoch + 1) % config.evaluate_every_epochs == 0
+            if self.evaluate is not None and due and not self._evaluate(run):
+                self._save(run.optimizer)
+                return False
+            state.epoch, state.index = state.epoch + 1, 0
+            if last or state.best.exhausted(config.early_stopping):
+                break
+            self._save(run.optimizer)
+        self._end_phase(run)
+        return True
+
+    def _begin_phase(self) -> _PhaseRun:
+        state, config = self.state, self.config
+        phase = self.phases[state.phase]
+        chosen = list(phase.parameters(self.model))
+        assert chosen, f"phase {phase.name} trains no parameter"
+        learning = {id(parameter) for parameter in chosen}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in learning)
+        counts = [self.loader.num_batches(epoch) for epoch in range(phase.epochs or config.epochs)]
+        limit = phase.max_steps or config.max_steps
+        total_steps = sum(-(-count // config.accumulate) for count in counts)
+        total_steps = total_steps if limit is None else min(total_steps, limit)
+        if total_steps == 0:
+            raise UserError(
+                "the training data gives no batch; the log needs users with at least two training events"
+            )
+        check_schedule(total_steps, config.schedule)
+        if state.phase_step == 0 and phase.hooks.before_phase is not None:
+            phase.hooks.before_phase(self.model)
+        dense, tables = split_parameters(self.model, chosen)
+        optimizer = make_optimizer(dense, tables, config.optimizer)
+        if self._optimizer_state is not None:
+            optimizer.load_state_dict(self._optimizer_state)
+            self._optimizer_state = None
+        wrapped = wrap(self.model, self.ctx, accumulate=config.accumulate > 1)
+        return _PhaseRun(phase, wrapped, optimizer, dense, counts, total_steps)
+
+    def _end_phase(self, run: _PhaseRun) -> None:
+        """Keeps the phase's weights (the best, where they are selected) and moves on to the next phase."""
+        state = self.state
+        if self.evaluate is None:
+            state.best.update(state.step, {}, None)
+            self._save_best()
+        elif self.config.early_stopping is not None:
+            self._load_best()
+        state.phase += 1
+        state.window = Counts()
+        if state.phase < len(self.phases):
+            state.phase_step = state.epoch = state.index = 0
+            state.best = Best()
+        self._save(None)
+
+    def _run_epoch(self, run: _PhaseRun) -> None:
+        """Steps until the epoch or the phase ends, or a stop is asked for."""
+        state, config = self.state, self.config
+        count = run.counts[state.epoch]
+        if state.index == 0 and run.phase.hooks.before_epoch is not None:
+            run.phase.hooks.before_epoch(self.model, state.epoch)
+        self.model.train()
+        stop = min(count, state.index + (run.total_steps - state.phase_step) * config.accumulate)
+        first, step, epoch = state.index, state.step, state.epoch
+        keys = ((epoch, i, step + (i - first) // config.accumulate) for i in range(first, stop))
+        sync_every = 1 if self.ctx.device.type == "cpu" else min(_SYNC_EVERY_STEPS, config.log_every_steps)
+        self._mark = time.perf_counter()
+        with prefetch(self._make_batch, keys) as batches:
+            while state.index < stop and not self._stopping:
+                self._step(run, batches, min(config.accumulate, count - state.index))
+                over = state.index == stop
+                if over or state.step % sync_every == 0 or state.step % config.log_every_steps == 0:
+                    self._flush(run)
+                if state.step % config.log_every_steps == 0 or state.phase_step == run.total_steps:
+                    self._flush(run)
+                    self._write_line(run)
+                every = config.checkpoint_every_steps
+                if every and state.step % every == 0 and not over and not self._stopping:
+                    self._flush(run)
+                    self._save(run.optimizer)
+                    self._mark = time.perf_counter()
+
+    def _make_batch(self, epoch: int, index: int, step: int) -> JaggedBatch:
+        batch = self.loader.batch(epoch, index, step)
+        return batch.pin_memory() if self.ctx.device.type == "cuda" else batch
+
+    # Steps --------------------------------------------------------------------------------------------------
+
+    def _step(self, run: _PhaseRun, batches: Iterator[JaggedBatch], num_batches: int) -> None:
+        state, config = self.state, self.config
+        context = StepContext(state.step, self.seed, state.epoch, run.phase.name)
+        set_lr(run.optimizer, lr_factor(state.phase_step, run.total_steps, config.schedule))
+        try:
+            result = run_step(
+                run.model,
+                run.phase,
+                run.optimizer,
+                run.dense,
+                islice(batches, num_batches),
+                num_batches,
+                context,
+                self.ctx,
+                clip_norm=config.clip_norm,
+                bf16=config.precision == "bf16",
+                step_cost=getattr(self.model, "step_cost", None),
+            )
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of device memory at step {state.step + 1}; lower batching.batch_size "
+                "or batching.tokens_per_batch, and raise accumulate to learn from as many sequences a step"
+            ) from None
+        if run.phase.hooks.after_step is not None:
+            run.phase.hooks.after_step(self.model, context)
+        state.step += 1
+        state.phase_step += 1
+        state.index += num_batches
+        self._pending.append((state.step, result))
+
+    def _flush(self, run: _PhaseRun) -> None:
+        """Reads the steps since the last flush from the device, checks, counts; agrees on stopping."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        results = [result for _, result in pending]
+        rows = torch.stack([torch.cat([r.sums, r.grad_norm.double().reshape(1)]) for r in results]).tolist()
+        local = [
+            self._stop.requested,
+            *(sum(getattr(r, n) for r in results) for n in ("tokens", "pairs", "forward_flops")),
+        ]
+        stopping, tokens, pairs, flops = sum_integers(local, self.ctx)
+        now = time.perf_counter()
+        for (step, result), (loss, weight, *parts, norm) in zip(pending, rows, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(weight) and math.isfinite(norm)):
+                self._refuse(step, loss / weight if weight else loss, norm)
+            for counts in (self.state.window, self.state.total):
+                counts.steps += 1
+                counts.loss += loss
+                counts.weight += weight
+                for name, value in zip(result.parts, parts, strict=True):
+                    counts.parts[name] = counts.parts.get(name, 0.0) + value
+            self._grad_norm = norm
+        for counts in (self.state.window, self.state.total):
+            counts.tokens += tokens
+            counts.pairs += pairs
+            counts.forward_flops += flops
+            counts.seconds += now - self._mark
+        self._mark = now
+        self._stopping = stopping > 0
+        state, window = self.state, self.state.window
+        pace = window.seconds / max(1, window.steps)
+        self._progress.step(
+            state.phase_step, run.total_steps, state.epoch, window.mean_loss, window.tokens_per_s, pace
+        )
+
+    def _refuse(self, step: int, loss: float, norm: float) -> None:
+        precision = ", or use precision fp32" if self.config.precision == "bf16" else ""
+        raise UserError(
+            f"training diverged at step {step}: loss {loss}, gradient norm {norm}; lower optimizer.lr "
+            f"(now {self.config.optimizer.lr}), set clip_norm (now {self.config.clip_norm}) to 1.0{precision}"
+        )
+
+    def _write_line(self, run: _PhaseRun) -> None:
+        state, window = self.state, self.state.window
+        if window.steps:
+            line = {
+                "step": state.step,
+                "epoch": state.epoch,
+                "phase": run.phase.name,
+                "loss": window.mean_loss,
+                "lr": run.optimizer.param_groups[0]["lr"],
+                "grad_norm": self._grad_norm,
+                "tokens_per_s": window.tokens_per_s,
+                "tokens": state.total.tokens,
+                "pairs": state.total.pairs,
+                "model_flops": state.total.model_flops,
+                "seconds": state.total.seconds,
+            }
+            if window.parts:
+                line["parts"] = {name: value / (window.weight or 1.0) for name, value in window.parts.items()}
+            self._record(line)
+        state.window = Counts()
+
+    def _record(self, line: dict[str, Any]) -> None:
+        with main_only_errors(self.ctx):
+            if self._log is not None:
+                self._log.write(line)
+
+    # Evaluation ---------------------------------------------------------------------------------------------
+
+    def _evaluate(self, run: _PhaseRun) -> bool:
+        """Validates and keeps the weights if they are the ones to keep; False if a stop cut it short."""
+        state, config = self.state, self.config
+        assert self.evaluate is not None
+        begin = time.perf_counter()
+        self.model.eval()
+        try:
+            # Alone, evaluation is dropped at once on a stop (and done again on resume); others would wait for
+            # us.
+            with torch.no_grad(), self._stop.interruptible(self.ctx.world == 1):
+                metrics = {name: float(value) for name, value in self.evaluate(self.model).items()}
+        except Interrupted:
+            return False
+        metrics = broadcast_object(metrics, self.ctx)
+        selection = config.early_stopping
+        if selection is not None and not math.isfinite(metrics.get(selection.metric, math.nan)):
+            known = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+            raise UserError(
+                f"early_stopping.metric {selection.metric!r} has no finite value; evaluation gave {known}"
+            )
+        self._record(
+            {"step": state.step, "epoch": state.epoch, "phase": run.phase.name, "evaluation": metrics}
+        )
+        state.evaluation = metrics
+        kept = state.best.update(state.step, metrics, selection)
+        if kept:
+            self._save_best()
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        star = "  best so far" if kept and selection is not None else ""
+        took = format_time(time.perf_counter() - begin)
+        self._progress.note(
+            f"epoch {state.epoch + 1}  step {state.step}  {shown}{star}  (evaluated in {took})"
+        )
+        return True
+
+    # Saving and resuming ------------------------------------------------------------------------------------
+
+    def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
+        assert not self._pending, "steps must be checked before they are saved"
+        with main_only_errors(self.ctx) as main:
+            if main:
+                payload = {
+                    "format": FORMAT,
+                    "fingerprint": self._fingerprint,
+                    "model": self.model.state_dict(),
+                    "optimizer": None if optimizer is None else optimizer.state_dict(),
+                    "state": self.state.to_dict(),
+                }
+                save_checkpoint(self.folder.checkpoints, self.state.step, payload, self.config.keep_last)
+
+    def _save_best(self) -> None:
+        with main_only_errors(self.ctx) as main:
+            if main:
+                best = self.state.best
+                payload = {"model": self.model.state_dict(), "step": best.step, "metrics": best.metrics}
+                save_torch(self.folder.best, payload)
+
+    def _load_best(self) -> None:
+        load_weights(self.model, self.folder.best, self.ctx.device)
+
+    def _resume(self) -> None:
+        path: Path | None = None
+        with main_only_errors(self.ctx) as main:
+            if main:
+                path = find_checkpoint(self.folder.checkpoints)
+        path = broadcast_object(path, self.ctx)
+        if path is None:
+            self.state = TrainState()
+            return
+        payload = load_torch(path, self.ctx.device)
+        if payload.get("format") != FORMAT:
+            raise UserError(
+                f"checkpoint {path} has format {payload.get('format')}; this version reads format {FORMAT}"
+            )
+        if payload["fingerprint"] != self._fingerprint:
+            raise UserError(
+                f"checkpoint {path} was made with other training settings, seed or phases; "
+                "choose another run folder"
+            )
+        _load_state(self.model, payload["model"], path)
+        self._optimizer_state = payload["optimizer"]
+        self.state = TrainState.from_dict(payload["state"])
+        if self.state.phase < len(self.phases):
+            self._progress.note(f"resuming from step {self.state.step}")
+
+    def _result(self, status: str) -> TrainResult:
+        state = self.state
+        return TrainResult(
+            status,
+            state.step,
+            state.epoch,
+            state.best.step,
+            dict(state.best.metrics),
+            state.total.mean_loss,
+            state.total,
+        )
+
+
+def load_weights(model: nn.Module, path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Loads ``best.pt`` into a model.
+
+    Returns:
+        {"step", "metrics"} of these weights.
+
+    Raises:
+        UserError: Missing, damaged, or of another model.
+    """
+    payload = load_torch(path, device)
+    _load_state(model, payload["model"], path)
+    return {"step": payload["step"], "metrics": payload["metrics"]}
+
+
+def _load_state(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
+        raise UserError(
+            f"checkpoint {path} is of another model ({reason}); use the config it was trained with"
+        ) from None
+
+
+@contextlib.contextmanager
+def _kept_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Phases freeze parameters; afterwards all are as before."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

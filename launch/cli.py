@@ -1,0 +1,75 @@
+"""``gr-launch LAUNCHER [options] CONFIG [overrides...]``: start one training run as several processes.
+
+    gr-launch torchrun --nproc 8 configs/quickstart.yaml --seed 2
+    gr-launch torchrun --nproc 2 --dry-run configs/quickstart.yaml     # print the command, run nothing
+
+Options of the launcher stand before CONFIG; what follows CONFIG belongs to the training command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from gr.errors import UserError, run_cli
+from gr.launch import torchrun
+
+LAUNCHERS = ("torchrun",)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, as every command of the project does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gr-launch torchrun", description="Train in N processes on this machine.")
+    parser.add_argument("--nproc", type=int, help="processes (default: one a GPU, or 1)")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and run nothing")
+    parser.add_argument("config", help="the run's YAML file")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="handed on to the training command")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; on a real launch it does not return.
+
+    Raises:
+        UserError: Unknown launcher, bad option, or no such config file.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0 if argv else 2
+    launcher, *rest = argv
+    if launcher not in LAUNCHERS:
+        raise UserError(f"gr-launch: unknown launcher {launcher!r}; there is {', '.join(LAUNCHERS)}")
+    options = _parser().parse_args(rest)
+    if not Path(options.config).is_file():
+        raise UserError(f"{options.config}: no such config file; give the path of a run's YAML file")
+    command = torchrun.build(
+        options.config,
+        options.overrides,
+        nproc=torchrun.default_nproc() if options.nproc is None else options.nproc,
+        cores=os.cpu_count() or 1,
+        env=os.environ,
+    )
+    if options.dry_run:
+        print(f"OMP_NUM_THREADS={command.env['OMP_NUM_THREADS']} {shlex.join(command.argv)}")
+        return 0
+    torchrun.execute(command)
+    raise AssertionError("execute replaces the process")
+
+
+def cli() -> int:
+    """Entry point of ``gr-launch``."""
+    return run_cli(main)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
