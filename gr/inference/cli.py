@@ -24,8 +24,10 @@ def parser() -> argparse.ArgumentParser:
         prog="gr-recommend", description="Shows what a trained run recommends.", allow_abbrev=False
     )
     parse.add_argument("run", metavar="RUN", help="run folder, such as runs/NAME, or its name")
-    whom = parse.add_mutually_exclusive_group(required=True)
-    whom.add_argument("--user", metavar="ID", help="a user of the log")
+    whom = parse.add_mutually_exclusive_group()
+    whom.add_argument(
+        "--user", metavar="ID", help="a user of the log (default: the first with a held-out event)"
+    )
     whom.add_argument("--history", metavar="LIST", help='titles or ids, oldest first: "Alien; id:318; Heat"')
     parse.add_argument("--k", type=int, default=10, help="how many items to show (10)")
     parse.add_argument(
@@ -61,6 +63,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--k is {args.k}; it must be at least 1")
     loaded = load_run(args.run, args.cache, args.device)
     history = None if args.history is None else [part.strip() for part in args.history.split(";")]
+    if args.user is None and history is None:
+        args.user = loaded.store.user_ids[int(loaded.split.test.user[0])].as_py()
     found = recommend(
         loaded, user=args.user, history=history, k=args.k, at=at, include_seen=args.include_seen
     )

@@ -129,11 +129,16 @@ def _rows(run: RunData, names: list[str]) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "model": name == run.model,
-                "setting": metrics[name].get("setting"),
+                "setting": _setting(metrics[name]),
                 "cells": cells,
             }
         )
     return rows
+
+
+def _setting(scores: dict[str, Any]) -> str:
+    setting = str(scores.get("setting") or "")
+    return "" if setting == "-" else setting  # a baseline with nothing to tune
 
 
 def _ceilings(run: RunData) -> list[dict[str, Any]]:

@@ -132,10 +132,11 @@ def comparison(run: RunData) -> str:
         span = f"{paired['low']:+.4f} to {paired['high']:+.4f}"
     else:
         span = f"{low:.4f} to {high:.4f}"
+    users, metric = count(paired.get("num_users")), metric_label(paired["metric"])
     return (
-        f"On the same {count(paired.get('num_users'))} users, the {metric_label(paired['metric'])} of {run.model} is "
-        f"{abs(paired['difference']):.4f} {sides} than that of {paired['rival']} (95 % interval {span}, paired "
-        "bootstrap over users)."
+        f"On the same {users} users, the {metric} of {run.model} is "
+        f"{abs(paired['difference']):.4f} {sides} than that of {paired['rival']} (95 % interval {span}, "
+        "paired bootstrap over users)."
     )
 
 

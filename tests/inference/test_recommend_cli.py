@@ -46,7 +46,6 @@ def test_output_of_nothing_says_why():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["RUN"], "--user --history is required"),
         (["--user", "1"], "RUN"),
         (["RUN", "--user", "1", "--history", "x"], "not allowed with"),
         (["RUN", "--user", "1", "--k", "0"], "--k is 0"),
