@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 from torch import nn
@@ -42,14 +43,17 @@ class DataParallel(nn.Module):
         # A static graph finds out once which parameters a step uses; a model whose steps differ must say so.
         # Under no_sync torch 2.13 fails an internal assertion in a static graph: then each pass is searched.
         find_unused = accumulate or bool(getattr(model, "find_unused_parameters", False))
-        self.parallel = DistributedDataParallel(
-            _PlainOutput(model),
-            device_ids=[ctx.device.index] if ctx.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=find_unused,
-            static_graph=not find_unused,
-        )
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers to a word that 2.11 does not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.parallel = DistributedDataParallel(
+                _PlainOutput(model),
+                device_ids=[ctx.device.index] if ctx.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=find_unused,
+                static_graph=not find_unused,
+            )
 
     def forward(self, batch: Any) -> Any:
         """The model's ``Losses`` for this rank's batch."""

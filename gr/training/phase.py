@@ -32,7 +32,9 @@ class StepContext:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Called on every rank with the bare model; what they keep must be in its buffers, or a resume loses it.
+    """Called on every rank with the bare model, where they must do the same: buffers are not broadcast.
+
+    What they keep must be in buffers of the model, or a resume loses it.
 
     Attributes:
         before_phase: Once, before the phase's first step.

@@ -66,7 +66,7 @@ class Best:
     worse: int = 0
 
     def update(self, step: int, metrics: dict[str, float], cfg: EarlyStoppingConfig | None) -> bool:
-        """Takes an evaluation in; True if its weights are to be kept. Without a config the latest always are."""
+        """Takes an evaluation in; True if its weights are to be kept. Without a config the latest are."""
         if cfg is not None:
             value = metrics[cfg.metric]
             sign = 1.0 if cfg.mode == "max" else -1.0

@@ -169,9 +169,19 @@ def test_dealing_is_a_partition_that_balances(costs: list[int], world: int) -> N
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(costs)))
     assert len(parts) == world and all(len(part) for part in parts)
     loads = [values[part].sum() for part in parts]
-    # LPT: the dearest rank exceeds the mean by at most its last-placed row.
-    assert max(loads) - values.sum() / world <= max(costs)
-    assert max(loads) <= max(max(costs), 4 / 3 * max(values.sum() / world, max(costs)) + max(costs) / 3)
+    # The last row of the dearest rank went to the least loaded one, which carried no more than the mean.
+    assert (max(loads) - max(costs)) * world <= sum(costs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=3, max_size=7), st.integers(2, 3))
+def test_dealing_is_within_a_third_of_the_best(costs: list[int], world: int) -> None:
+    """Graham's bound for LPT, 4/3 - 1/(3 world), against every assignment there is."""
+    values = np.array(costs)
+    dealt = max(values[part].sum() for part in deal(values, world))
+    choices = np.array(list(itertools.product(range(world), repeat=len(costs))))
+    best = np.stack([(values * (choices == rank)).sum(1) for rank in range(world)]).max(0).min()
+    assert 3 * world * dealt <= (4 * world - 1) * best
 
 
 def test_costs_count_pairs_and_tokens(world) -> None:
