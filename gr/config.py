@@ -52,7 +52,9 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise UserError(f"{self.name}: key {key!r} stands twice in one mapping (line {node.start_mark.line + 1})")
+                raise UserError(
+                    f"{self.name}: key {key!r} stands twice in one mapping (line {node.start_mark.line + 1})"
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -194,7 +196,8 @@ def find(registry: Registry, kind: str, field: str, source: str = "config") -> t
     near = difflib.get_close_matches(str(kind), registry, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(
-        f"{source}: {field}.kind {kind!r} is unknown; {hint}one of {', '.join(sorted(registry))}, or package.module:Class"
+        f"{source}: {field}.kind {kind!r} is unknown; {hint}one of {', '.join(sorted(registry))}, "
+        "or package.module:Class"
     )
 
 

@@ -145,9 +145,7 @@ class StepCost:
     forward_flops: int = 0
 
     def __add__(self, other: StepCost) -> StepCost:
-        return StepCost(
-            self.tokens + other.tokens, self.pairs + other.pairs, self.forward_flops + other.forward_flops
-        )
+        return StepCost(self.tokens + other.tokens, self.pairs + other.pairs, self.forward_flops + other.forward_flops)
 
     @property
     def training_flops(self) -> int:

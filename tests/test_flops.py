@@ -74,9 +74,7 @@ def test_hstu_flops_are_torchs_where_every_pair_is_computed(preset):
     rows, n, dim = 3, 7, 10
     config = HSTUConfig(preset=preset, num_layers=2, num_heads=2, dim_qk=3, dim_v=5)
     model = build_hstu(config, dim, n)
-    ours = model.forward_flops(
-        tokens=rows * n, pairs=rows * n * n
-    )  # the padded form computes masked pairs too
+    ours = model.forward_flops(tokens=rows * n, pairs=rows * n * n)  # the padded form computes masked pairs too
     projections, attention = counted(model, torch.randn(rows * n, dim), dense_batch(rows, n))
     assert ours["uvqk"] + ours["out"] == projections
     assert ours["attention_qk"] + ours["attention_av"] == attention
@@ -93,9 +91,7 @@ def test_transformer_flops_are_torchs_where_every_pair_is_computed():
 
 def test_square_hstu_has_the_papers_constants():
     dim, tokens, pairs = 64, 100, 1000
-    ours = flops.hstu_flops(
-        dim=dim, num_layers=1, num_heads=4, dim_qk=16, dim_v=16, tokens=tokens, pairs=pairs
-    )
+    ours = flops.hstu_flops(dim=dim, num_layers=1, num_heads=4, dim_qk=16, dim_v=16, tokens=tokens, pairs=pairs)
     assert sum(ours.values()) == 10 * tokens * dim**2 + 4 * dim * pairs
 
 

@@ -43,18 +43,22 @@ def test_sampled_softmax_is_its_definition(shared, corrected):
         query, table[target], table[drawn], scale=2.0, collision=target[:, None] == drawn,
         log_q=None if log_q is None else log_q[drawn], positive_log_q=None if log_q is None else log_q[target],
     )  # fmt: skip
-    torch.testing.assert_close(got.double(), slow_sampled(query, table, target, drawn, 2.0, log_q).double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        got.double(), slow_sampled(query, table, target, drawn, 2.0, log_q).double(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_sampled_softmax_over_every_other_item_is_the_full_softmax():
     query, table, target, _ = vectors(1)
     everything = torch.arange(V).expand(S, V)
-    sampled = sampled_softmax(query, table[target], table[everything], scale=1.0, collision=target[:, None] == everything)
+    sampled = sampled_softmax(
+        query, table[target], table[everything], scale=1.0, collision=target[:, None] == everything
+    )
     torch.testing.assert_close(sampled, full_softmax(query @ table.T, target), rtol=1e-5, atol=1e-6)
 
 
 def test_logq_correction_makes_the_sampled_gradient_point_to_the_full_one():
-    """With many draws from a skewed q the corrected loss differs from the full one by a constant; the plain one does not."""
+    """With many draws from a skewed q, only the corrected loss keeps the direction of the full softmax's gradient."""
     g = torch.Generator().manual_seed(3)
     query, table, target, _ = vectors(2)
     q = torch.softmax(torch.linspace(0, 3, V), 0)

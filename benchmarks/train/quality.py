@@ -117,18 +117,26 @@ def tune(variants: list[str]) -> None:
                     continue
                 results = measure(dataclasses.replace(config, name=f"{variant}-{rate}"), Path(folder))
                 kept = row_of(variant, results)
-                append(TUNED, {k: kept[k] for k in ("variant", "config_hash", "commit", "valid_ndcg@10", "best_step")} | {"lr": rate})
+                append(
+                    TUNED,
+                    {k: kept[k] for k in ("variant", "config_hash", "commit", "valid_ndcg@10", "best_step")}
+                    | {"lr": rate},
+                )
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown: mean and spread of each variant, baselines once, ceiling last."""
     best, blind = found[0]["ceiling"], found[0]["ceiling_without_times"]
-    lines = ["| | seeds | HR@10 | sd over seeds | NDCG@10 | % of the best possible HR@10 |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | seeds | HR@10 | sd over seeds | NDCG@10 | % of the best possible HR@10 |",
+        "|---|---|---|---|---|---|",
+    ]
 
     def line(label: str, hits: list[float], gains: list[float], seeds: str) -> str:
         spread = f"{statistics.stdev(hits):.4f}" if len(hits) > 1 else ""
         hit = statistics.mean(hits)
-        return f"| {label} | {seeds} | {hit:.4f} | {spread} | {statistics.mean(gains):.4f} | {100 * hit / best['hr@10']:.1f} |"
+        share = f"{100 * hit / best['hr@10']:.1f}"
+        return f"| {label} | {seeds} | {hit:.4f} | {spread} | {statistics.mean(gains):.4f} | {share} |"
 
     for label, _ in VARIANTS.values():
         mine = [row["metrics"][label] for row in found if row["label"] == label]
@@ -166,11 +174,13 @@ def main() -> None:
                     append(ROWS, row_of(variant, measure(config, Path(folder))))
     found = [row for row in rows(ROWS) if row["config_hash"] in wanted]
     if found:
-        rates = ", ".join(f"{VARIANTS[v][0]} {' '.join(chosen(v)[1:]) or 'as in the quick start'}" for v in arguments.variants)
+        rates = ", ".join(
+            f"{VARIANTS[v][0]} {' '.join(chosen(v)[1:]) or 'as in the quick start'}" for v in arguments.variants
+        )
         (RESULTS / "planted_quality.md").write_text(
-            "# The default planted world\n\n`python -m benchmarks.train.quality`. Test targets: the last event of each of "
-            f"20,000 users; all 2,000 items ranked. Learning rates, chosen on validation: {rates}. The best possible score is "
-            f"exact, see `gr/data/ceiling.py`.\n\n{table(found)}\n"
+            "# The default planted world\n\n`python -m benchmarks.train.quality`. Test targets: the last event of "
+            f"each of 20,000 users; all 2,000 items ranked. Learning rates, chosen on validation: {rates}. The best "
+            f"possible score is exact, see `gr/data/ceiling.py`.\n\n{table(found)}\n"
         )
         print(table(found))
 

@@ -58,7 +58,8 @@ class JaggedBatch:
         num_tokens: T, a host int.
         tokens: (T, ...) columns: ``item_id``, ``timestamp`` (int64 seconds), ``query_time`` (time of the event
             to be predicted from this token), ``action``. Columns that the log lacks are absent.
-        rows: (B, ...) columns: ``sample_key`` (int64, the user's index), ``num_targets``, ``num_contextual``, ``context``.
+        rows: (B, ...) columns: ``sample_key`` (int64, the user's index), ``num_targets``, ``num_contextual``,
+            ``context``.
         index: (T,) int64 columns written by the layout, the only source for masks and positions:
             ``item_index`` (which event of the row), ``token_type`` (0 item, 1 action), ``segment``,
             ``event`` (position of the event in the user's whole log, for the leak audit).

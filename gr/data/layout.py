@@ -149,9 +149,7 @@ def history_batch(
     if timestamps is not None:
         columns["timestamp"] = [np.asarray(row, np.int64) for row in timestamps]
         if query_time is None:
-            raise UserError(
-                "a history with times needs query_time, the second at which the recommendation is wanted"
-            )
+            raise UserError("a history with times needs query_time, the second at which the recommendation is wanted")
     if layout.uses_actions:
         if actions is None:
             raise UserError(f"layout {layout.kind!r} reads actions: give one for each event of the history")

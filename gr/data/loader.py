@@ -51,11 +51,7 @@ class BatchingConfig:
     tokens_per_batch: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            self.batch_size < 0
-            or self.tokens_per_batch < 0
-            or (self.batch_size > 0) == (self.tokens_per_batch > 0)
-        ):
+        if self.batch_size < 0 or self.tokens_per_batch < 0 or (self.batch_size > 0) == (self.tokens_per_batch > 0):
             raise UserError(
                 f"batch_size {self.batch_size} and tokens_per_batch {self.tokens_per_batch}: "
                 "exactly one of them must be positive and the other 0"
@@ -115,9 +111,7 @@ class TrainLoader:
                 f"{self.users.size} users have 2 training events; {world} ranks need at least one user each"
             )
         if 0 < batching.batch_size < world:
-            raise UserError(
-                f"batch_size is {batching.batch_size}; it must be at least the number of ranks, {world}"
-            )
+            raise UserError(f"batch_size is {batching.batch_size}; it must be at least the number of ranks, {world}")
         self._planned: tuple[int, list[np.ndarray]] | None = None
 
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -213,9 +207,7 @@ class TrainLoader:
             stops.pop()
         return [*stops, total]
 
-    def _places(
-        self, state: LoaderState, stop_epoch: int | None
-    ) -> Iterator[tuple[LoaderState, LoaderState]]:
+    def _places(self, state: LoaderState, stop_epoch: int | None) -> Iterator[tuple[LoaderState, LoaderState]]:
         epoch, index = state.epoch, state.index
         while stop_epoch is None or epoch < stop_epoch:
             count = self.num_batches(epoch)

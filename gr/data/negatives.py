@@ -50,9 +50,7 @@ class NegativesConfig:
 class Sampler(Protocol):
     """Draws for one rank's part of a global batch."""
 
-    def __call__(
-        self, batch: JaggedBatch, seed: int, step: int, global_labels: Callable[[], np.ndarray]
-    ) -> Negatives:
+    def __call__(self, batch: JaggedBatch, seed: int, step: int, global_labels: Callable[[], np.ndarray]) -> Negatives:
         """Negatives of a batch.
 
         Args:
@@ -78,9 +76,7 @@ class Uniform:
     config: NegativesConfig
     num_items: int
 
-    def __call__(
-        self, batch: JaggedBatch, seed: int, step: int, global_labels: Callable[[], np.ndarray]
-    ) -> Negatives:
+    def __call__(self, batch: JaggedBatch, seed: int, step: int, global_labels: Callable[[], np.ndarray]) -> Negatives:
         words = label_keys(batch, seed, step, self.config.shared)
         ids = _draw(words, self.config, lambda block: draws(block, self.config.num, self.num_items))
         return Negatives(ids=torch.from_numpy(ids))
@@ -99,9 +95,7 @@ class Popularity:
     cumulative: np.ndarray
     table: np.ndarray | None
 
-    def __call__(
-        self, batch: JaggedBatch, seed: int, step: int, global_labels: Callable[[], np.ndarray]
-    ) -> Negatives:
+    def __call__(self, batch: JaggedBatch, seed: int, step: int, global_labels: Callable[[], np.ndarray]) -> Negatives:
         words = label_keys(batch, seed, step, self.config.shared)
         ids = torch.from_numpy(_draw(words, self.config, self.items))
         return Negatives(ids, self.log_q[ids], self.log_q[batch.labels.item_id])
@@ -120,9 +114,7 @@ class Popularity:
 
     def __post_init__(self) -> None:
         share = np.diff(self.cumulative, prepend=0) / self.cumulative[-1]
-        object.__setattr__(
-            self, "_log_q", torch.from_numpy(np.log(self.config.num * share).astype(np.float32))
-        )
+        object.__setattr__(self, "_log_q", torch.from_numpy(np.log(self.config.num * share).astype(np.float32)))
 
 
 @dataclass(frozen=True)
@@ -138,9 +130,7 @@ class InBatch:
 
     counts: np.ndarray
 
-    def __call__(
-        self, batch: JaggedBatch, seed: int, step: int, global_labels: Callable[[], np.ndarray]
-    ) -> Negatives:
+    def __call__(self, batch: JaggedBatch, seed: int, step: int, global_labels: Callable[[], np.ndarray]) -> Negatives:
         labels = global_labels()
         ids = np.unique(labels)
         own = batch.labels.item_id.numpy()
@@ -149,9 +139,7 @@ class InBatch:
     def log_q(self, ids: np.ndarray, num_labels: int) -> torch.Tensor:
         """Float32 log(1 - (1 - p)^n), by log1p and expm1: p may be 1e-9."""
         share = self.counts[ids] / self.counts.sum()
-        with np.errstate(
-            divide="ignore"
-        ):  # p = 1: the only item there is, log1p gives -inf and the result is 0
+        with np.errstate(divide="ignore"):  # p = 1: the only item there is, log1p gives -inf and the result is 0
             return torch.from_numpy(np.log(-np.expm1(num_labels * np.log1p(-share))).astype(np.float32))
 
 
@@ -168,9 +156,7 @@ def label_keys(batch: JaggedBatch, seed: int, step: int, shared: bool = False) -
     return keyed(rows[row], ordinal)
 
 
-def _draw(
-    words: np.ndarray, config: NegativesConfig, items: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
+def _draw(words: np.ndarray, config: NegativesConfig, items: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """(S, R) int64, or (R,) if shared: R items for each of (S,) words."""
     result = np.empty((words.size, config.num), np.int64)
     rows = max(1, _BLOCK // config.num)

@@ -11,12 +11,12 @@ Law, for user u with hidden interest z (fixed, one of ``num_interests``), events
    the order-2 one is a Latin square: knowing one of the two topics alone says almost nothing.
 4. Restarting: the leaf is drawn from the interest's own distribution over leaves (a few favourites).
 
-Switches for later studies: ``actions`` (a like that depends on interest and leaf), ``item_arrival`` (items appear over
-the year) and ``rich_get_richer`` (a restart prefers leaves the user has visited, a Polya urn).
+Switches for later studies: ``actions`` (a like that depends on interest and leaf), ``item_arrival`` (items appear
+over the year) and ``rich_get_richer`` (a restart prefers leaves the user has visited, a Polya urn).
 
 Whether an event continued, and z, are hidden. Both are finite, so the posterior of the next item given the *visible*
-history and the time of the query is exact (``predictive``); ranking by it is the best any model can do, and the expected
-HR, NDCG and MRR of that ranking is the ceiling (gr.data.ceiling).
+history and the time of the query is exact; ranking by it is the best that any model can do, and the expected HR, NDCG
+and MRR of that ranking is the ceiling (gr.data.ceiling).
 """
 
 from __future__ import annotations
@@ -74,9 +74,13 @@ class PlantedConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"planted world: {name} is {getattr(self, name)}; it must be at least 1")
         if self.num_items < self.num_leaves:
-            raise UserError(f"planted world: num_items is {self.num_items}; {self.num_leaves} leaves need as many items")
+            raise UserError(
+                f"planted world: num_items is {self.num_items}; {self.num_leaves} leaves need as many items"
+            )
         if not 2 <= self.min_events <= self.max_events:
-            raise UserError(f"planted world: need 2 <= min_events <= max_events, not {self.min_events}, {self.max_events}")
+            raise UserError(
+                f"planted world: need 2 <= min_events <= max_events, not {self.min_events}, {self.max_events}"
+            )
         if self.favourites > self.num_leaves:
             raise UserError(f"planted world: favourites is {self.favourites}; there are only {self.num_leaves} leaves")
         if self.longest_gap < self.shortest_gap or self.memory <= 0 or not 0 < self.blur < 1:

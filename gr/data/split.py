@@ -70,9 +70,7 @@ class LeaveOneOutConfig:
 
     def __post_init__(self) -> None:
         if self.min_train_events < 1:
-            raise UserError(
-                f"min_train_events is {self.min_train_events}; it must be at least 1, a target's history"
-            )
+            raise UserError(f"min_train_events is {self.min_train_events}; it must be at least 1, a target's history")
 
 
 @dataclass(frozen=True)
@@ -101,18 +99,10 @@ class TemporalConfig:
 
     def __post_init__(self) -> None:
         if (self.valid_time is None) != (self.test_time is None):
-            raise UserError(
-                "valid_time and test_time must both be given, or neither (then the fractions count)"
-            )
+            raise UserError("valid_time and test_time must both be given, or neither (then the fractions count)")
         if self.valid_time is not None and self.valid_time > self.test_time:
-            raise UserError(
-                f"valid_time is {self.valid_time}; it must not come after test_time {self.test_time}"
-            )
-        if (
-            self.valid_fraction < 0
-            or self.test_fraction <= 0
-            or self.valid_fraction + self.test_fraction >= 1
-        ):
+            raise UserError(f"valid_time is {self.valid_time}; it must not come after test_time {self.test_time}")
+        if self.valid_fraction < 0 or self.test_fraction <= 0 or self.valid_fraction + self.test_fraction >= 1:
             raise UserError(
                 f"valid_fraction {self.valid_fraction} and test_fraction {self.test_fraction} must leave a "
                 "training period: valid_fraction >= 0, test_fraction > 0, sum below 1"
@@ -127,17 +117,14 @@ def make_split(config: Any, store: EventStore) -> Split:
     """
     split = configs.build(SPLITS, config, store)
     if not len(split.test):
-        raise UserError(
-            f"split {config.kind} finds no user with enough events for a test target in {_name(store)}"
-        )
+        raise UserError(f"split {config.kind} finds no user with enough events for a test target in {_name(store)}")
     if split.valid is not None and not len(split.valid):
         raise UserError(
             f"split {config.kind} finds no validation target in {_name(store)}; widen its validation period"
         )
     if not (split.train_stop >= 2).any():
         raise UserError(
-            f"split {config.kind} leaves no user with 2 training events in {_name(store)}, "
-            "so nothing to learn from"
+            f"split {config.kind} leaves no user with 2 training events in {_name(store)}, so nothing to learn from"
         )
     return split
 
@@ -150,9 +137,9 @@ def training_events(store: EventStore, split: Split) -> np.ndarray:
 
 def training_counts(store: EventStore, split: Split) -> np.ndarray:
     """(V,) int64 training events of each item."""
-    return np.bincount(
-        store.columns["item_id"][training_events(store, split)], minlength=store.num_items
-    ).astype(np.int64)
+    return np.bincount(store.columns["item_id"][training_events(store, split)], minlength=store.num_items).astype(
+        np.int64
+    )
 
 
 def leave_one_out(config: LeaveOneOutConfig, store: EventStore) -> Split:
@@ -194,9 +181,7 @@ def temporal(config: TemporalConfig, store: EventStore) -> Split:
 
 def _before(store: EventStore, time: int) -> np.ndarray:
     """(U,) events of each user earlier than ``time``; times ascend within a user."""
-    running = np.concatenate(
-        [np.zeros(1, np.int64), np.cumsum(store.columns["timestamp"] < time, dtype=np.int64)]
-    )
+    running = np.concatenate([np.zeros(1, np.int64), np.cumsum(store.columns["timestamp"] < time, dtype=np.int64)])
     return running[store.offsets[1:]] - running[store.offsets[:-1]]
 
 

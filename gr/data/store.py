@@ -105,9 +105,7 @@ class EventStore:
             )
 
 
-def write_store(
-    folder: str | Path, chunks: Iterable[Chunk], items: pa.Table, manifest: dict[str, Any]
-) -> Path:
+def write_store(folder: str | Path, chunks: Iterable[Chunk], items: pa.Table, manifest: dict[str, Any]) -> Path:
     """Writes a store; nothing is left under ``folder`` unless all of it was written.
 
     Args:
@@ -129,9 +127,7 @@ def write_store(
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
         full = _write_into(staging, chunks, items, manifest)
-        (staging / "manifest.json").write_text(
-            json.dumps(full, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        (staging / "manifest.json").write_text(json.dumps(full, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         staging.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
@@ -158,18 +154,14 @@ def read_store(folder: str | Path) -> EventStore:
             raise UserError(
                 f"prepared data {folder} has format {manifest['format']}, this version reads {FORMAT}{again}"
             )
-        tables = [
-            _read_parquet(folder / shard["file"], shard["users"], again) for shard in manifest["shards"]
-        ]
+        tables = [_read_parquet(folder / shard["file"], shard["users"], again) for shard in manifest["shards"]]
         items = _read_parquet(folder / "items.parquet", manifest["counts"]["items"], again)
         names = manifest["columns"]
         counts = manifest["counts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"prepared data {folder} is incomplete: {' '.join(str(error).split())}{again}"
-        ) from None
+        raise UserError(f"prepared data {folder} is incomplete: {' '.join(str(error).split())}{again}") from None
     offsets = [np.zeros(1, np.int64)]
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for table in tables:
@@ -179,9 +171,7 @@ def read_store(folder: str | Path) -> EventStore:
         offsets.append(offsets[-1][-1] + np.cumsum(np.diff(lists.offsets.to_numpy()), dtype=np.int64))
     store = EventStore(
         offsets=np.concatenate(offsets),
-        columns={
-            name: np.concatenate(parts[name]) if parts[name] else np.zeros(0, np.int64) for name in names
-        },
+        columns={name: np.concatenate(parts[name]) if parts[name] else np.zeros(0, np.int64) for name in names},
         num_items=items.num_rows,
         num_actions=int(manifest["num_actions"]),
         manifest=manifest,
@@ -190,9 +180,7 @@ def read_store(folder: str | Path) -> EventStore:
         folder=folder,
     )
     ids = store.columns["item_id"]
-    if store.num_events != counts["events"] or (
-        ids.size and not 0 <= ids.min() <= ids.max() < store.num_items
-    ):
+    if store.num_events != counts["events"] or (ids.size and not 0 <= ids.min() <= ids.max() < store.num_items):
         raise UserError(f"prepared data {folder} does not agree with its manifest{again}")
     return store
 
@@ -239,9 +227,7 @@ def memory_store(
     )
 
 
-def _write_into(
-    staging: Path, chunks: Iterable[Chunk], items: pa.Table, manifest: dict[str, Any]
-) -> dict[str, Any]:
+def _write_into(staging: Path, chunks: Iterable[Chunk], items: pa.Table, manifest: dict[str, Any]) -> dict[str, Any]:
     hashes: dict[str, Any] = {}  # one running hash a column, so that the cutting into shards does not matter
     shards, users, events, names = [], 0, 0, None
     for chunk in _cut(chunks):
@@ -255,9 +241,7 @@ def _write_into(
             assert values.size == chunk.offsets[-1], f"column {name}"
             columns[name] = pa.ListArray.from_arrays(offsets, pa.array(values))
             hashes.setdefault(name, hashlib.sha256()).update(values.tobytes())
-        hashes.setdefault("lengths", hashlib.sha256()).update(
-            np.diff(chunk.offsets).astype(np.int64).tobytes()
-        )
+        hashes.setdefault("lengths", hashlib.sha256()).update(np.diff(chunk.offsets).astype(np.int64).tobytes())
         hashes.setdefault("user_id", hashlib.sha256()).update(
             "\n".join(map(str, chunk.user_ids.to_pylist())).encode() + b"\n"
         )
@@ -268,9 +252,7 @@ def _write_into(
     assert names is not None, "a store needs users"
     _write_parquet(items, staging / "items.parquet")
     hashes["items"] = hashlib.sha256(json.dumps(items.to_pydict(), default=str, ensure_ascii=False).encode())
-    digest = hashlib.sha256(
-        json.dumps([(k, hashes[k].hexdigest()) for k in sorted(hashes)]).encode()
-    ).hexdigest()
+    digest = hashlib.sha256(json.dumps([(k, hashes[k].hexdigest()) for k in sorted(hashes)]).encode()).hexdigest()
     caveats = list(manifest.get("caveats", []))
     if "timestamp" not in names and NO_TIMES not in caveats:
         caveats.append(NO_TIMES)
@@ -338,7 +320,5 @@ def _read_parquet(path: Path, rows: int, again: str) -> pa.Table:
         reason = " ".join(str(error).split())
         raise UserError(f"prepared data file {path} is truncated or corrupt ({reason}){again}") from None
     if table.num_rows != rows:
-        raise UserError(
-            f"prepared data file {path} has {table.num_rows} rows, its manifest says {rows}{again}"
-        )
+        raise UserError(f"prepared data file {path} has {table.num_rows} rows, its manifest says {rows}{again}")
     return table

@@ -143,9 +143,7 @@ class Table:
         order = np.lexsort(keys)
         lengths = np.bincount(user, minlength=len(users))
         if not (lengths >= 2).any():
-            raise UserError(
-                f"{config.path}: no user has 2 events, so there is nothing to learn from or to test with"
-            )
+            raise UserError(f"{config.path}: no user has 2 events, so there is nothing to learn from or to test with")
         repairs["one_event_users_not_evaluated"] = int((lengths == 1).sum())
         item, items = self._items(item_ids.filter(pa.array(keep)))
         flat = {"item_id": item[order]}
@@ -224,9 +222,7 @@ def read_log(config: TableConfig) -> EventLog:
     rows = np.flatnonzero(whole) + 1
     repairs = {"null_rows_dropped": int(table.num_rows - rows.size)}
     if not rows.size:
-        raise UserError(
-            f"{path}: every row has an empty value in one of the columns {', '.join(named.values())}"
-        )
+        raise UserError(f"{path}: every row has an empty value in one of the columns {', '.join(named.values())}")
     raw = {name: values.filter(pa.array(whole)) for name, values in raw.items()}
     parsed: dict[str, Any] = {}
     actions: list[Any] = []
@@ -279,9 +275,7 @@ def _chunks(users: pa.Array, offsets: np.ndarray, flat: dict[str, np.ndarray]) -
     for lo in range(0, len(users), SHARD_USERS):
         part = offsets[lo : lo + SHARD_USERS + 1]
         events = slice(int(part[0]), int(part[-1]))
-        yield Chunk(
-            users[lo : lo + SHARD_USERS], part - part[0], {name: v[events] for name, v in flat.items()}
-        )
+        yield Chunk(users[lo : lo + SHARD_USERS], part - part[0], {name: v[events] for name, v in flat.items()})
 
 
 def _suffix(path: Path) -> str:
@@ -298,8 +292,7 @@ def _check_file(path: Path) -> str:
     suffix = _suffix(path)
     if suffix not in _SEPARATORS and suffix not in _PARQUET:
         raise UserError(
-            f"{path} has the suffix {suffix or '(none)'!r}; a log is .csv, .tsv (each "
-            "also .gz), .parquet or .pq"
+            f"{path} has the suffix {suffix or '(none)'!r}; a log is .csv, .tsv (each also .gz), .parquet or .pq"
         )
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)

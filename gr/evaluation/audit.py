@@ -59,9 +59,7 @@ def audit(
         for label, values in metrics.items():
             findings += audit_ceiling(values, ceiling, label)
     if counts is not None and not np.array_equal(counts, training_counts(store, split)):
-        findings.append(
-            Finding("fitted_on_held_out", "item counts differ from those of the training events alone")
-        )
+        findings.append(Finding("fitted_on_held_out", "item counts differ from those of the training events alone"))
     return findings
 
 
@@ -80,9 +78,7 @@ def audit_split(store: EventStore, split: Split) -> list[Finding]:
         if outside.any():
             where = _where(targets.user[outside], targets.position[outside])
             findings.append(
-                Finding(
-                    "target_outside_log", f"{outside.sum()} {name} targets name no event with a past: {where}"
-                )
+                Finding("target_outside_log", f"{outside.sum()} {name} targets name no event with a past: {where}")
             )
             continue
         copies = _repeated_in_history(store, targets)
@@ -140,9 +136,7 @@ def audit_evaluation(loader: Any) -> list[Finding]:
     findings = []
     for name, parts in counts.items():
         pairs = np.unique(np.concatenate([np.stack(part, axis=1) for part in parts]), axis=0)
-        findings.append(
-            Finding(name, f"{len(pairs)} targets: {EXPLAIN[name]}; {_where(pairs[:, 0], pairs[:, 1])}")
-        )
+        findings.append(Finding(name, f"{len(pairs)} targets: {EXPLAIN[name]}; {_where(pairs[:, 0], pairs[:, 1])}"))
     return findings
 
 
@@ -180,31 +174,23 @@ def audit_training(store: EventStore, split: Split, batches: Iterable[JaggedBatc
     shared = np.unique(np.concatenate(overlap)) if overlap else np.zeros(0, dtype=np.int64)
     if len(shared):
         where = _where(*np.divmod(shared, _stride(store)))
-        findings.append(
-            Finding("train_test_overlap", f"{len(shared)} held-out events are trained on: {where}")
-        )
+        findings.append(Finding("train_test_overlap", f"{len(shared)} held-out events are trained on: {where}"))
     elif beyond:
         findings.append(
             Finding("trained_beyond_split", f"{beyond} events after their user's train_stop are trained on")
         )
     if wrong:
-        findings.append(
-            Finding("label_not_next", f"{wrong} training labels are not the event after their token's own")
-        )
+        findings.append(Finding("label_not_next", f"{wrong} training labels are not the event after their token's own"))
     return findings
 
 
-def audit_ceiling(
-    metrics: Mapping[str, Estimate], ceiling: Mapping[str, float], label: str = "model"
-) -> list[Finding]:
+def audit_ceiling(metrics: Mapping[str, Estimate], ceiling: Mapping[str, float], label: str = "model") -> list[Finding]:
     """Scores that no ranker can reach: more than 3 standard errors above the ceiling of the same metric."""
     findings = []
     for name in metrics.keys() & ceiling.keys():
         value, best = metrics[name], ceiling[name]
         if value.mean > best + 3.0 * value.se:
-            detail = (
-                f"{label} has {name} {value.mean:.4f} +- {value.se:.4f}, and the best possible is {best:.4f}"
-            )
+            detail = f"{label} has {name} {value.mean:.4f} +- {value.se:.4f}, and the best possible is {best:.4f}"
             findings.append(Finding("above_ceiling", detail))
     return sorted(findings, key=lambda finding: finding.detail)
 

@@ -36,6 +36,4 @@ def shuffle_targets(store: EventStore, split: Split, seed: int) -> EventStore:
         "content_hash": hashlib.sha256(f"{was} shuffled {seed}".encode()).hexdigest()[: len(was) or 64],
         "caveats": [*store.manifest.get("caveats", []), caveat],
     }
-    return dataclasses.replace(
-        store, columns=store.columns | {"item_id": item}, manifest=manifest, folder=None
-    )
+    return dataclasses.replace(store, columns=store.columns | {"item_id": item}, manifest=manifest, folder=None)

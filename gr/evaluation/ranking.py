@@ -132,9 +132,7 @@ def _evaluating(recommender: Any) -> Iterator[None]:
             recommender.train()
 
 
-def _seen(
-    store: Any, user: np.ndarray, position: np.ndarray, target: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _seen(store: Any, user: np.ndarray, position: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct (row, item) pairs of each row's events before its position, less its target, (m,) each."""
     row = np.repeat(np.arange(len(user)), position)
     starts = np.cumsum(position) - position

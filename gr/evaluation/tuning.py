@@ -164,9 +164,7 @@ def _tune(
     for config in grid:
         recommender = fit(config, store, split, statistics)
         value = float(per_target(rank_targets(recommender, batches, mask_seen), METRIC).mean())
-        rows.append(
-            {"setting": setting(config), METRIC: value, "users": len(batches.targets.user), "chosen": False}
-        )
+        rows.append({"setting": setting(config), METRIC: value, "users": len(batches.targets.user), "chosen": False})
         if value > best:
             best, kept = value, (len(rows) - 1, config, recommender)
     assert kept is not None

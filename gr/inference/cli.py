@@ -20,19 +20,13 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parse = _Parser(
-        prog="gr-recommend", description="Shows what a trained run recommends.", allow_abbrev=False
-    )
+    parse = _Parser(prog="gr-recommend", description="Shows what a trained run recommends.", allow_abbrev=False)
     parse.add_argument("run", metavar="RUN", help="run folder, such as runs/NAME, or its name")
     whom = parse.add_mutually_exclusive_group()
-    whom.add_argument(
-        "--user", metavar="ID", help="a user of the log (default: the first with a held-out event)"
-    )
+    whom.add_argument("--user", metavar="ID", help="a user of the log (default: the first with a held-out event)")
     whom.add_argument("--history", metavar="LIST", help='titles or ids, oldest first: "Alien; id:318; Heat"')
     parse.add_argument("--k", type=int, default=10, help="how many items to show (10)")
-    parse.add_argument(
-        "--at", metavar="TIME", help="as of this time: seconds since 1970 or 2001-05-03T18:30 (UTC)"
-    )
+    parse.add_argument("--at", metavar="TIME", help="as of this time: seconds since 1970 or 2001-05-03T18:30 (UTC)")
     seen = parse.add_mutually_exclusive_group()
     seen.add_argument(
         "--include-seen",
@@ -42,9 +36,7 @@ def parser() -> argparse.ArgumentParser:
         help="items of the history may be shown (default: as the run was evaluated)",
     )
     seen.add_argument("--exclude-seen", dest="include_seen", action="store_false", help="they may not")
-    parse.add_argument(
-        "--cache", metavar="DIR", help="where prepared data are kept (default: as in the config)"
-    )
+    parse.add_argument("--cache", metavar="DIR", help="where prepared data are kept (default: as in the config)")
     parse.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     return parse
 
@@ -65,9 +57,7 @@ def main(argv: list[str]) -> int:
     history = None if args.history is None else [part.strip() for part in args.history.split(";")]
     if args.user is None and history is None:
         args.user = loaded.store.user_ids[int(loaded.split.test.user[0])].as_py()
-    found = recommend(
-        loaded, user=args.user, history=history, k=args.k, at=at, include_seen=args.include_seen
-    )
+    found = recommend(loaded, user=args.user, history=history, k=args.k, at=at, include_seen=args.include_seen)
     show(found, Console(highlight=False), loaded.store.manifest.get("caveats", []))
     return 0
 
@@ -112,9 +102,7 @@ def _history(found: Recommendations) -> Any:
     if hidden > 0:
         table.add_row(Text(f"  … {hidden} earlier", style="dim"), "")
     for event in found.history[-SHOWN:]:
-        ago = (
-            "" if event.ago is None else "same moment" if event.ago == 0 else f"{show_span(event.ago)} before"
-        )
+        ago = "" if event.ago is None else "same moment" if event.ago == 0 else f"{show_span(event.ago)} before"
         table.add_row(Text(f"  {event.title}"), ago)
     return table
 

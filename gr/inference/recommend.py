@@ -182,23 +182,18 @@ def user_past(loaded: Loaded, user: str | int, at: int | None = None) -> Past:
         stop = min(stop, int(np.searchsorted(times, at, side="left")))
         if stop == 0:
             raise UserError(
-                f"user {shown!r} has no event before {show_time(at)}; the first is at "
-                f"{show_time(int(times[0]))}"
+                f"user {shown!r} has no event before {show_time(at)}; the first is at {show_time(int(times[0]))}"
             )
     part = next((name for name, position in held_out.items() if position == stop), "")
     notes = []
     if not part:
-        notes.append(
-            "Nothing was held out at this point of the user's history, so there is no answer to compare with."
-        )
+        notes.append("Nothing was held out at this point of the user's history, so there is no answer to compare with.")
     if stop < split.train_stop[u]:
         notes.append("The model was trained on this user's later events: no fair test.")
     query_time = at
     if times is not None and at is None:
         query_time = int(times[stop] if part else times[stop - 1])
-        notes.append(
-            f"Asked at the time of the {'held-out' if part else 'last'} event, {show_time(query_time)}."
-        )
+        notes.append(f"Asked at the time of the {'held-out' if part else 'last'} event, {show_time(query_time)}.")
     return Past(
         items=columns["item_id"][:stop],
         timestamps=None if times is None else times[:stop],
@@ -262,9 +257,7 @@ def _ask(loaded: Loaded, past: Past, k: int, include_seen: bool) -> tuple[list[R
     seen[0, torch.from_numpy(np.ascontiguousarray(past.items))] = True
     with torch.no_grad():
         ranked = model.recommend(batch, k, None if include_seen else seen.to(loaded.device))
-        scores = (
-            model.scores(batch, (0, store.num_items))[0].double().cpu() if past.target is not None else None
-        )
+        scores = model.scores(batch, (0, store.num_items))[0].double().cpu() if past.target is not None else None
     rows = []
     for item, score in zip(ranked.items[0].tolist(), ranked.scores[0].tolist(), strict=True):
         if item >= 0:
@@ -282,9 +275,7 @@ def _ask(loaded: Loaded, past: Past, k: int, include_seen: bool) -> tuple[list[R
     if scores is None:
         return rows, None
     if scores.isnan().any():
-        raise UserError(
-            "the model's scores are not numbers; its training diverged, train again with a smaller lr"
-        )
+        raise UserError("the model's scores are not numbers; its training diverged, train again with a smaller lr")
     shown = torch.ones_like(seen[0]) if include_seen else ~seen[0]
     shown[past.target] = False  # compared with all others; never masked itself, as in the evaluation
     others, own = scores[shown], scores[past.target]

@@ -88,9 +88,7 @@ class RetrievalModel(nn.Module):
             request["action"] = batch.tokens["action"]
         looked_up = self.tables(request)
         parts = looked_up["item"].split([ids.numel() for ids in wanted.values()])
-        vectors = {
-            name: part.view(*ids.shape, -1) for (name, ids), part in zip(wanted.items(), parts, strict=True)
-        }
+        vectors = {name: part.view(*ids.shape, -1) for (name, ids), part in zip(wanted.items(), parts, strict=True)}
         inputs = {"item": vectors.pop("token")}
         if "action" in looked_up:
             inputs["action"] = looked_up["action"]

@@ -107,9 +107,7 @@ class HSTUConfig:
             if value is not None and value < 1:
                 raise UserError(f"encoder.{name} must be at least 1, or null for none, got {value}")
         if self.full_tail is not None and self.window is None:
-            raise UserError(
-                "encoder.full_tail has no effect without encoder.window; set a window or leave it out"
-            )
+            raise UserError("encoder.full_tail has no effect without encoder.window; set a window or leave it out")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"encoder.dropout must be in [0, 1), got {self.dropout}")
         if isinstance(self.divisor, int | float) and not self.divisor > 0:
@@ -117,9 +115,7 @@ class HSTUConfig:
         if self.activated is not None and (
             not set(self.activated) <= set("uvqk") or len(set(self.activated)) < len(self.activated)
         ):
-            raise UserError(
-                f"encoder.activated must be letters of 'uvqk', each at most once, got {self.activated!r}"
-            )
+            raise UserError(f"encoder.activated must be letters of 'uvqk', each at most once, got {self.activated!r}")
 
 
 # Rows of the table of differences (the reference's two layers); what both share stands in HSTUConfig.
@@ -189,9 +185,7 @@ class HSTULayer(nn.Module):
         self.uvqk = nn.Linear(dim, sum(self.splits), bias=config.uvqk_bias)
         self.output_norm = _affine(norm_width, config.output_norm_affine)
         self.out = nn.Linear(out_in_dim, dim, bias=config.output_bias)
-        self.position_table = (
-            nn.Parameter(torch.empty(2 * max_tokens - 1)) if config.position_bias else None
-        )
+        self.position_table = nn.Parameter(torch.empty(2 * max_tokens - 1)) if config.position_bias else None
         self.time_table = nn.Parameter(torch.empty(config.num_time_buckets)) if config.time_bias else None
         self.reset_parameters()
 

@@ -71,9 +71,7 @@ def _padding(batch: Any, num_tokens: int) -> _Padding:
     offsets, device = batch.offsets, batch.offsets.device
     rows, width = offsets.shape[0] - 1, max(batch.max_seq_len, 1)
     shift = torch.arange(rows, device=device) * width - offsets[:-1]
-    slots = torch.arange(num_tokens, device=device) + shift.repeat_interleave(
-        offsets.diff(), output_size=num_tokens
-    )
+    slots = torch.arange(num_tokens, device=device) + shift.repeat_interleave(offsets.diff(), output_size=num_tokens)
     targets, contextual = batch.rows.get("num_targets"), batch.rows.get("num_contextual")
     if targets is None and contextual is None:
         return _Padding(rows, width, slots, None)

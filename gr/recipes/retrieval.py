@@ -19,12 +19,12 @@ from gr.data.split import Split, Targets, training_events
 from gr.data.store import EventStore
 from gr.distributed.process import ProcessContext, all_gather_object, main_only_errors
 from gr.evaluation.audit import audit
+from gr.evaluation.baselines import LABELS
 from gr.evaluation.metrics import means, summarise
 from gr.evaluation.ranking import Ranks, rank_targets
 from gr.evaluation.saved_ranks import load_ranks, save_ranks
 from gr.evaluation.significance import compare
 from gr.evaluation.tuning import tune_all
-from gr.evaluation.baselines import LABELS
 from gr.models.retrieval import RetrievalModel
 from gr.recipes.stage import Stage, run_stage
 from gr.report.report import write_report
@@ -120,12 +120,12 @@ def _train(
 
 
 def _baselines(config: RunConfig, ctx: ProcessContext, store: EventStore, split: Split, folder: Path) -> dict[str, Any]:
-    tuned = tune_all(
-        store, split, config.layout, config.evaluation.mask_seen, kinds=config.evaluation.baselines
-    )
+    tuned = tune_all(store, split, config.layout, config.evaluation.mask_seen, kinds=config.evaluation.baselines)
     for kind, best in tuned.items():
         print(best.table(), flush=True)
-        save_ranks(_rank(config, ctx, store, split.test, best.recommender, alone=True), folder / f"ranks_{kind}.parquet")
+        save_ranks(
+            _rank(config, ctx, store, split.test, best.recommender, alone=True), folder / f"ranks_{kind}.parquet"
+        )
     return {kind: {"setting": best.setting, "grid": best.rows} for kind, best in tuned.items()}
 
 

@@ -35,7 +35,12 @@ def print_summary(results: dict[str, Any], run_dir: Path, console: Console | Non
         if blind:
             share = f"{100 * blind['hr@10'] / best['hr@10']:.1f}"
             table.add_row(
-                "best without times", f"{blind['hr@10']:.4f}", "", f"{blind['ndcg@10']:.4f}", f"{blind['mrr']:.4f}", share
+                "best without times",
+                f"{blind['hr@10']:.4f}",
+                "",
+                f"{blind['ndcg@10']:.4f}",
+                f"{blind['mrr']:.4f}",
+                share,
             )
     console.print(table)
     for caveat in results["data"]["caveats"]:

@@ -58,9 +58,7 @@ def bars(name: str, title: str, rows: Sequence[Bar], ceiling: float | None = Non
     step, top = 44, 22 if ceiling is not None else 4
     figure, axes = _canvas(top + step * len(rows) + 4, left=1, right=1, top=top, bottom=4)
     largest = max([row.high for row in rows] + [ceiling or 0.0]) or 1.0
-    axes.set_xlim(
-        0, largest * WIDTH / (WIDTH - 52)
-    )  # the values stand in a column of 52 px, right of every mark
+    axes.set_xlim(0, largest * WIDTH / (WIDTH - 52))  # the values stand in a column of 52 px, right of every mark
     axes.set_ylim(len(rows) - 0.5 + 0.12, -0.5)
     axes.axis("off")
     for y, row in enumerate(rows):
@@ -236,9 +234,7 @@ def _svg(figure: Any, name: str, title: str) -> str:
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     view = re.search(r'viewBox="([^"]+)"', svg).group(1)
-    svg = re.sub(
-        r"<svg[^>]*>", f'<svg viewBox="{view}" role="img" aria-label="{escape(title)}">', svg, count=1
-    )
+    svg = re.sub(r"<svg[^>]*>", f'<svg viewBox="{view}" role="img" aria-label="{escape(title)}">', svg, count=1)
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\s*<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)

@@ -103,9 +103,7 @@ def _protocol(run: RunData) -> str:
             + (" (the full corpus)" if protocol.get("ranking") == "full" else "")
         )
     if "mask_seen" in protocol:
-        parts.append(
-            "items already seen are left out" if protocol["mask_seen"] else "items already seen stay in"
-        )
+        parts.append("items already seen are left out" if protocol["mask_seen"] else "items already seen stay in")
     if protocol.get("ties"):
         parts.append(f"ties: {protocol['ties']}")
     return "; ".join(parts) + "."
@@ -295,8 +293,7 @@ def _grids(grids: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         ordered = sorted(rows, key=score, reverse=True)
         best = next((row for row in ordered if row.get("chosen")), ordered[0] if ordered else None)
         lines = [
-            {"setting": r.get("setting", ""), "values": [r.get(c) for c in columns], "best": r is best}
-            for r in ordered
+            {"setting": r.get("setting", ""), "values": [r.get(c) for c in columns], "best": r is best} for r in ordered
         ]
         if lines:
             tables.append({"kind": kind, "columns": columns, "rows": lines})
@@ -305,11 +302,7 @@ def _grids(grids: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict):
-        return [
-            row
-            for key, item in value.items()
-            for row in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
-        ]
+        return [row for key, item in value.items() for row in _flatten(item, f"{prefix}.{key}" if prefix else str(key))]
     if isinstance(value, list):
         return [(prefix, ", ".join(map(str, value)))]
     return [(prefix, str(value))]

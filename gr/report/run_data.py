@@ -57,15 +57,11 @@ def read_run(run_dir: str | Path) -> RunData:
     """
     folder = Path(run_dir)
     if not folder.is_dir():
-        raise UserError(
-            f"run folder {folder} does not exist; give a folder that gr-train wrote, such as runs/NAME"
-        )
+        raise UserError(f"run folder {folder} does not exist; give a folder that gr-train wrote, such as runs/NAME")
     results = _json(folder / "results.json")
     _check_results(results, folder / "results.json")
     steps, evaluations = _metric_lines(folder / "metrics.jsonl")
-    return RunData(
-        folder, results, steps, evaluations, _json(folder / "env.json"), _text(folder / "config.yaml")
-    )
+    return RunData(folder, results, steps, evaluations, _json(folder / "env.json"), _text(folder / "config.yaml"))
 
 
 def _text(path: Path) -> str:
@@ -118,8 +114,7 @@ def _check_results(results: dict[str, Any], path: Path) -> None:
     label = results["model"].get("label")
     if label not in results["metrics"]:
         raise UserError(
-            f"{path}: metrics has no entry for model.label {label!r}; it has "
-            f"{', '.join(results['metrics']) or 'none'}"
+            f"{path}: metrics has no entry for model.label {label!r}; it has {', '.join(results['metrics']) or 'none'}"
         )
     for name, metrics in results["metrics"].items():
         if not isinstance(metrics, dict):

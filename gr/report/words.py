@@ -78,9 +78,7 @@ def headline(run: RunData) -> list[tuple[str, bool]]:
         else:
             pieces += [
                 (
-                    "; the best counting baseline for "
-                    if value is percent
-                    else "; the best counting baseline ",
+                    "; the best counting baseline for " if value is percent else "; the best counting baseline ",
                     False,
                 ),
                 (value(theirs), True),

@@ -61,9 +61,7 @@ def train_loader(config: RunConfig, store: EventStore, split: Split, ctx: Proces
 
 def eval_loader(config: RunConfig, store: EventStore, targets: Targets, ctx: ProcessContext) -> EvalLoader:
     """This rank's batches of histories before targets."""
-    return EvalLoader(
-        store, targets, config.layout, config.evaluation.batch_size, rank=ctx.rank, world=ctx.world
-    )
+    return EvalLoader(store, targets, config.layout, config.evaluation.batch_size, rank=ctx.rank, world=ctx.world)
 
 
 def sample_targets(targets: Targets, count: int) -> Targets:

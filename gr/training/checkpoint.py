@@ -134,9 +134,7 @@ def find_checkpoint(folder: Path) -> Path | None:
         path = folder / last["file"]
         expected = (last["bytes"], last["crc32"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{pointer} is damaged; delete it to resume from the newest checkpoint beside it"
-        ) from None
+        raise UserError(f"{pointer} is damaged; delete it to resume from the newest checkpoint beside it") from None
     if not path.exists():
         return newest
     size, crc32 = 0, 0

@@ -130,12 +130,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        _require(
-            self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null"
-        )
-        _require(
-            self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null"
-        )
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
+        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
         for name in ("accumulate", "evaluate_every_epochs", "keep_last", "log_every_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(

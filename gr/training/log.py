@@ -62,9 +62,7 @@ class MetricsLog:
             self._file.write(json.dumps(_finite(line)) + "\n")
             self._file.flush()
         except OSError as error:
-            raise UserError(
-                f"{self._path} cannot be written: {error.strerror}; make room, then run again"
-            ) from None
+            raise UserError(f"{self._path} cannot be written: {error.strerror}; make room, then run again") from None
         if self._writer:
             for name, value in line.items():
                 group = value.items() if isinstance(value, dict) else [("", value)]

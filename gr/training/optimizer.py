@@ -10,9 +10,7 @@ from torch import nn
 from gr.training.config import OptimizerConfig
 
 
-def split_parameters(
-    model: nn.Module, chosen: Sequence[nn.Parameter]
-) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_parameters(model: nn.Module, chosen: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(dense, table) parameters among the chosen; tables are those in ``model.table_parameters()``."""
     listed = model.table_parameters() if hasattr(model, "table_parameters") else []
     tables = {id(parameter) for parameter in listed}

@@ -42,9 +42,7 @@ class EvaluationConfig:
         if not self.ks or min(self.ks) < 1 or 10 not in self.ks:
             raise UserError(f"evaluation.ks is {list(self.ks)}; it must be positive and include 10")
         if self.batch_size < 1 or self.validation_users < 0:
-            raise UserError(
-                "evaluation.batch_size must be at least 1 and evaluation.validation_users at least 0"
-            )
+            raise UserError("evaluation.batch_size must be at least 1 and evaluation.validation_users at least 0")
         for name in self.baselines:
             if name not in BASELINES:
                 raise UserError(f"evaluation.baselines has {name!r}; known are {', '.join(BASELINES)}")

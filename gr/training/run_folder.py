@@ -117,9 +117,7 @@ def claim(path: str | Path, config: Any, argv: Sequence[str] | None = None) -> R
             _check_same(folder.config, digest, config)
             resumed = True
         elif path.exists() and any(not p.name.endswith(".tmp") and p.name != ".lock" for p in path.iterdir()):
-            raise UserError(
-                f"run folder {path} holds files but no config.yaml, so it is no run; choose another name"
-            )
+            raise UserError(f"run folder {path} holds files but no config.yaml, so it is no run; choose another name")
         path.mkdir(parents=True, exist_ok=True)
         text = f"{_HEADER}{digest}\n{dump(config)}"
         write_atomic(folder.config, lambda file: file.write(text.encode()))
@@ -136,9 +134,7 @@ def read_hash(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not first.startswith(_HEADER):
-        raise UserError(
-            f"{path} does not begin with {_HEADER!r}, so it is not a run's config; choose another run name"
-        )
+        raise UserError(f"{path} does not begin with {_HEADER!r}, so it is not a run's config; choose another run name")
     return first.removeprefix(_HEADER).strip()
 
 
@@ -149,9 +145,7 @@ def _check_same(path: Path, digest: str, config: Any) -> None:
     old = _flatten(parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {})
     new, ignored = _flatten(to_dict(config)), _runtime_paths(config)
     changed = [
-        key
-        for key in [*new, *(k for k in old if k not in new)]
-        if old.get(key, _MISSING) != new.get(key, _MISSING)
+        key for key in [*new, *(k for k in old if k not in new)] if old.get(key, _MISSING) != new.get(key, _MISSING)
     ]
     changed = [key for key in changed if not any(key == p or key.startswith(f"{p}.") for p in ignored)]
     first = ", ".join(f"{key} {old.get(key, _MISSING)} -> {new.get(key, _MISSING)}" for key in changed[:3])

@@ -141,9 +141,7 @@ class Trainer:
     ) -> None:
         assert phases, "training needs a phase"
         if config.early_stopping is not None and evaluate is None:
-            raise UserError(
-                "early_stopping is set but the split has no validation targets; set early_stopping: null"
-            )
+            raise UserError("early_stopping is set but the split has no validation targets; set early_stopping: null")
         self.model = model.to(ctx.device)
         self.phases = list(phases)
         self.loader = loader
@@ -211,8 +209,7 @@ class Trainer:
                 return False
             if state.total.weight <= 0:
                 raise UserError(
-                    f"epoch {state.epoch + 1} held no label to learn from; "
-                    "the log needs users with two training events"
+                    f"epoch {state.epoch + 1} held no label to learn from; the log needs users with two training events"
                 )
             last = state.phase_step >= run.total_steps
             due = last or (state.epoch + 1) % config.evaluate_every_epochs == 0
@@ -239,9 +236,7 @@ class Trainer:
         total_steps = sum(-(-count // config.accumulate) for count in counts)
         total_steps = total_steps if limit is None else min(total_steps, limit)
         if total_steps == 0:
-            raise UserError(
-                "the training data gives no batch; the log needs users with at least two training events"
-            )
+            raise UserError("the training data gives no batch; the log needs users with at least two training events")
         check_schedule(total_steps, config.schedule)
         if state.phase_step == 0 and phase.hooks.before_phase is not None:
             phase.hooks.before_phase(self.model)
@@ -363,9 +358,7 @@ class Trainer:
         self._stopping = stopping > 0
         state, window = self.state, self.state.window
         pace = window.seconds / max(1, window.steps)
-        self._progress.step(
-            state.phase_step, run.total_steps, state.epoch, window.mean_loss, window.tokens_per_s, pace
-        )
+        self._progress.step(state.phase_step, run.total_steps, state.epoch, window.mean_loss, window.tokens_per_s, pace)
 
     def _refuse(self, step: int, loss: float, norm: float) -> None:
         precision = ", or use precision fp32" if self.config.precision == "bf16" else ""
@@ -419,12 +412,8 @@ class Trainer:
         selection = config.early_stopping
         if selection is not None and not math.isfinite(metrics.get(selection.metric, math.nan)):
             known = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
-            raise UserError(
-                f"early_stopping.metric {selection.metric!r} has no finite value; evaluation gave {known}"
-            )
-        self._record(
-            {"step": state.step, "epoch": state.epoch, "phase": run.phase.name, "evaluation": metrics}
-        )
+            raise UserError(f"early_stopping.metric {selection.metric!r} has no finite value; evaluation gave {known}")
+        self._record({"step": state.step, "epoch": state.epoch, "phase": run.phase.name, "evaluation": metrics})
         state.evaluation = metrics
         kept = state.best.update(state.step, metrics, selection)
         if kept:
@@ -432,9 +421,7 @@ class Trainer:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         star = "  best so far" if kept and selection is not None else ""
         took = format_time(time.perf_counter() - begin)
-        self._progress.note(
-            f"epoch {state.epoch + 1}  step {state.step}  {shown}{star}  (evaluated in {took})"
-        )
+        self._progress.note(f"epoch {state.epoch + 1}  step {state.step}  {shown}{star}  (evaluated in {took})")
         return True
 
     # Saving and resuming ------------------------------------------------------------------------------------
@@ -473,13 +460,10 @@ class Trainer:
             return
         payload = load_torch(path, self.ctx.device)
         if payload.get("format") != FORMAT:
-            raise UserError(
-                f"checkpoint {path} has format {payload.get('format')}; this version reads format {FORMAT}"
-            )
+            raise UserError(f"checkpoint {path} has format {payload.get('format')}; this version reads format {FORMAT}")
         if payload["fingerprint"] != self._fingerprint:
             raise UserError(
-                f"checkpoint {path} was made with other training settings, seed or phases; "
-                "choose another run folder"
+                f"checkpoint {path} was made with other training settings, seed or phases; choose another run folder"
             )
         _load_state(self.model, payload["model"], path)
         self._optimizer_state = payload["optimizer"]

@@ -107,9 +107,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offset
         if tensor.dim() != 3:
             raise ValueError(f"{name} must have shape (T, H, d), got {tuple(tensor.shape)}")
         if not tensor.is_floating_point() or tensor.dtype != q.dtype:
-            raise ValueError(
-                f"{name} must be a float tensor of the dtype of q ({q.dtype}), got {tensor.dtype}"
-            )
+            raise ValueError(f"{name} must be a float tensor of the dtype of q ({q.dtype}), got {tensor.dtype}")
         if tensor.shape[1] != q.shape[1]:
             raise ValueError(f"{name} must have the {q.shape[1]} heads of q, got {tensor.shape[1]}")
     if k.shape[2] != q.shape[2]:
@@ -127,9 +125,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offset
         if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"{name} must be (B+1,) integers, got {tuple(offsets.shape)} of {offsets.dtype}")
         if offsets.shape != q_offsets.shape:
-            raise ValueError(
-                f"{name} must have the {q_offsets.shape[0]} entries of q_offsets, got {offsets.shape[0]}"
-            )
+            raise ValueError(f"{name} must have the {q_offsets.shape[0]} entries of q_offsets, got {offsets.shape[0]}")
 
 
 def _check_mask(mask: Mask, q_offsets: Tensor) -> None:
@@ -143,13 +139,9 @@ def _check_mask(mask: Mask, q_offsets: Tensor) -> None:
         if counts is None:
             continue
         if counts.shape != (batch,) or counts.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"mask.{name} must be ({batch},) integers, got {tuple(counts.shape)} of {counts.dtype}"
-            )
+            raise ValueError(f"mask.{name} must be ({batch},) integers, got {tuple(counts.shape)} of {counts.dtype}")
         if counts.device != q_offsets.device:
-            raise ValueError(
-                f"mask.{name} must be on the device of q ({q_offsets.device}), got {counts.device}"
-            )
+            raise ValueError(f"mask.{name} must be on the device of q ({q_offsets.device}), got {counts.device}")
 
 
 def _check_bias(bias: RelativeBias | None, q: Tensor, k: Tensor) -> None:
@@ -177,12 +169,7 @@ def _check_bias(bias: RelativeBias | None, q: Tensor, k: Tensor) -> None:
         return
     for name, tokens in (("query_times", q.shape[0]), ("key_times", k.shape[0])):
         times = getattr(bias, name)
-        if (
-            times is None
-            or times.shape != (tokens,)
-            or times.dtype != torch.int64
-            or times.device != q.device
-        ):
+        if times is None or times.shape != (tokens,) or times.dtype != torch.int64 or times.device != q.device:
             got = "None" if times is None else f"{tuple(times.shape)} of {times.dtype} on {times.device}"
             raise ValueError(f"bias.{name} must be ({tokens},) int64 seconds on the device of q, got {got}")
 
@@ -204,9 +191,7 @@ def _check_divisor(divisor: Divisor, q: Tensor, q_offsets: Tensor) -> None:
 
 def _check_offsets(name: str, offsets: Tensor, num_values: int) -> None:
     if int(offsets[0]) != 0 or int(offsets[-1]) != num_values or bool((offsets.diff() < 0).any()):
-        raise ValueError(
-            f"{name} must rise from 0 to the number of tokens ({num_values}), got {offsets.tolist()[:8]}"
-        )
+        raise ValueError(f"{name} must rise from 0 to the number of tokens ({num_values}), got {offsets.tolist()[:8]}")
 
 
 def _check_lengths(q_offsets: Tensor, kv_offsets: Tensor | None, max_seq_len: int, mask: Mask) -> None:
@@ -216,9 +201,7 @@ def _check_lengths(q_offsets: Tensor, kv_offsets: Tensor | None, max_seq_len: in
         if bool((q_lengths > lengths).any()):
             raise ValueError("kv_offsets must give each sequence at least as many keys as it has queries")
     if lengths.numel() and int(lengths.max()) > max_seq_len:
-        raise ValueError(
-            f"max_seq_len must be at least the longest sequence ({int(lengths.max())}), got {max_seq_len}"
-        )
+        raise ValueError(f"max_seq_len must be at least the longest sequence ({int(lengths.max())}), got {max_seq_len}")
     special = torch.zeros_like(lengths)
     for name in ("num_contextual", "num_targets"):
         counts = getattr(mask, name)
@@ -226,6 +209,4 @@ def _check_lengths(q_offsets: Tensor, kv_offsets: Tensor | None, max_seq_len: in
             continue
         special = special + counts
         if bool((counts < 0).any()) or bool(((special > lengths) & (lengths > 0)).any()):
-            raise ValueError(
-                f"mask.{name} must be >= 0 and leave contextual tokens and targets within each sequence"
-            )
+            raise ValueError(f"mask.{name} must be >= 0 and leave contextual tokens and targets within each sequence")

@@ -162,9 +162,7 @@ def _same_group(q_pos: Tensor, k_pos: Tensor, lengths: Tensor, mask: Mask) -> Te
     return same & (k_rank <= q_rank) if mask.causal else same
 
 
-def visible_pairs(
-    mask: Mask, q_offsets: Tensor, kv_offsets: Tensor | None = None, *, max_seq_len: int
-) -> Tensor:
+def visible_pairs(mask: Mask, q_offsets: Tensor, kv_offsets: Tensor | None = None, *, max_seq_len: int) -> Tensor:
     """The mask as a dense tensor, for tests and for attention that is not HSTU's.
 
     Returns:
@@ -219,15 +217,11 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
     embedding's.
     """
     flat = index.reshape(-1)
-    heads = [
-        row.index_select(0, flat).view(index.shape) for row in (table[None] if table.dim() == 1 else table)
-    ]
+    heads = [row.index_select(0, flat).view(index.shape) for row in (table[None] if table.dim() == 1 else table)]
     return torch.stack(heads, dim=1) if len(heads) > 1 else heads[0][:, None]
 
 
-def _time_buckets(
-    bias: RelativeBias, queries: _Rows, keys: _Rows, q_slots: Tensor, k_slots: Tensor
-) -> Tensor:
+def _time_buckets(bias: RelativeBias, queries: _Rows, keys: _Rows, q_slots: Tensor, k_slots: Tensor) -> Tensor:
     num_buckets = bias.time_table.shape[-1]
     # Identity and version of everything the buckets depend on: a stale entry can never be taken.
     inputs = (bias.query_times, bias.key_times, queries.offsets, keys.offsets)

@@ -35,9 +35,7 @@ def world() -> tuple[EventStore, Split]:
     return store, make_split(LeaveOneOutConfig(), store)
 
 
-def loader(
-    data, layout=LAYOUTS[0], batching=BATCHINGS[0], negatives="uniform", seed=1, **fields
-) -> TrainLoader:
+def loader(data, layout=LAYOUTS[0], batching=BATCHINGS[0], negatives="uniform", seed=1, **fields) -> TrainLoader:
     sampler = make_sampler(NegativesConfig(negatives, 4), *data)
     return TrainLoader(*data, layout, batching, sampler, seed, **fields)
 
@@ -203,9 +201,7 @@ def test_evaluation_batches_do_not_depend_on_the_ranks(world, ranks) -> None:
         same(part, batch)
         assert batch.rows["sample_key"].tolist() == split.test.user[rows].tolist()
     assert sum(map(len, parts)) == len(whole)
-    assert [len(EvalLoader(store, split.test, LAYOUTS[0], 8, r, ranks)) for r in range(ranks)] == [
-        *map(len, parts)
-    ]
+    assert [len(EvalLoader(store, split.test, LAYOUTS[0], 8, r, ranks)) for r in range(ranks)] == [*map(len, parts)]
     assert np.concatenate([rows for rows, _ in whole]).tolist() == list(range(len(split.test)))
 
 

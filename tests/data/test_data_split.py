@@ -89,9 +89,7 @@ def test_targets_come_after_training_and_validation_before_test(case: tuple[Even
 
 @settings(max_examples=80, deadline=None)
 @given(split_logs(), layouts)
-def test_training_batches_never_hold_a_held_out_event(
-    case: tuple[EventStore, Split], layout: LayoutConfig
-) -> None:
+def test_training_batches_never_hold_a_held_out_event(case: tuple[EventStore, Split], layout: LayoutConfig) -> None:
     store, split = case
     batch = training_batch(store, split, layout, np.flatnonzero(split.train_stop >= 2))
     row = np.repeat(np.arange(batch.num_sequences), np.diff(batch.offsets))

@@ -46,9 +46,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert store.items["title"][3].as_py() == "item 3"
     assert store.manifest["counts"] == {"users": 5, "items": 7, "events": 10}
     assert store.manifest["caveats"] == ["half of it is made up"]
-    assert (
-        store.num_items == 7 and store.num_actions == 0 and store.has_times and store.folder == tmp_path / "s"
-    )
+    assert store.num_items == 7 and store.num_actions == 0 and store.has_times and store.folder == tmp_path / "s"
 
 
 @pytest.mark.parametrize("sizes", [[5], [1, 1, 1, 1, 1], [2, 3]])

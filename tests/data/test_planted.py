@@ -16,7 +16,14 @@ from gr.errors import UserError
 
 TINY = PlantedConfig(
     seed=3,
-    num_users=40, num_items=4, num_topics=2, subtopics=1, num_interests=2, favourites=1, min_events=4, max_events=4
+    num_users=40,
+    num_items=4,
+    num_topics=2,
+    subtopics=1,
+    num_interests=2,
+    favourites=1,
+    min_events=4,
+    max_events=4,
 )
 VARIANTS = {
     "plain": TINY,
@@ -72,7 +79,9 @@ def brute_force(law, items, times, actions, query_time):
 def test_ceiling_equals_brute_force_over_every_history_of_a_world_of_4_items_and_length_4(variant):
     cfg = VARIANTS[variant]
     law = make_law(cfg)
-    times = EPOCH_START + np.array([100, 9_000_000, 9_004_000, 9_009_000])  # long and short gaps; some items are still to come
+    times = EPOCH_START + np.array(
+        [100, 9_000_000, 9_004_000, 9_009_000]
+    )  # long and short gaps; some items are still to come
     assert len({tuple(row) for row in law.interest.tolist()}) == 2, "interests must differ for the filter to matter"
     histories, patterns = [], []
     for items in itertools.product(range(4), repeat=3):
@@ -89,9 +98,7 @@ def test_ceiling_equals_brute_force_over_every_history_of_a_world_of_4_items_and
     actions = np.array(patterns).reshape(-1) if cfg.actions else None
     query = np.full(n, times[3])
     got = predictive(law, offsets, flat, clock, actions, query)
-    want = np.stack(
-        [brute_force(law, h, times[:3], p, times[3]) for h, p in zip(histories, patterns, strict=True)]
-    )
+    want = np.stack([brute_force(law, h, times[:3], p, times[3]) for h, p in zip(histories, patterns, strict=True)])
     np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-14)
 
     users = [np.append(h, 0) for h in histories]  # the target itself (here item 0) is never read
@@ -188,7 +195,14 @@ def test_the_urn_makes_users_repeat_their_leaves():
 
 def test_titles_are_unique_and_impossible_worlds_are_refused():
     assert len(set(item_titles(PlantedConfig()))) == PlantedConfig().num_items
-    for bad in ({"num_items": 3}, {"min_events": 9, "max_events": 8}, {"blur": 0.0}, {"favourites": 99}, {"num_users": 0},
-                {"rich_get_richer": -1.0}):  # fmt: skip
+    pairs = {"min_events": 9, "max_events": 8}
+    for bad in (
+        pairs,
+        {"num_items": 3},
+        {"blur": 0.0},
+        {"favourites": 99},
+        {"num_users": 0},
+        {"rich_get_richer": -1.0},
+    ):
         with pytest.raises(UserError, match="planted world"):
             PlantedConfig(**bad)

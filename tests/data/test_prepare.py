@@ -20,9 +20,7 @@ def config(tmp_path: Path) -> TableConfig:
     return TableConfig(path=str(tmp_path / "log.csv"))
 
 
-def test_the_second_call_reads_the_cache(
-    tmp_path: Path, config: TableConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_call_reads_the_cache(tmp_path: Path, config: TableConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(config, tmp_path / "cache")
     monkeypatch.setattr(Table, "prepare", lambda *_: pytest.fail("prepared twice"))
     second = prepare(config, tmp_path / "cache")
@@ -39,9 +37,7 @@ def test_a_changed_file_or_config_is_prepared_anew(tmp_path: Path, config: Table
     assert len(folders | {store.folder}) == 3
 
 
-def test_a_process_that_was_first_wins(
-    tmp_path: Path, config: TableConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_was_first_wins(tmp_path: Path, config: TableConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes prepare at once: the second finds the folder there when it renames its own."""
     slow = Table.prepare
 

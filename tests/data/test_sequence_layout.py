@@ -16,9 +16,7 @@ from gr.errors import UserError
 from random_logs import layouts, split_logs
 
 
-def slow_row(
-    store: EventStore, user: int, start: int, stop: int, layout: LayoutConfig
-) -> list[dict[str, int]]:
+def slow_row(store: EventStore, user: int, start: int, stop: int, layout: LayoutConfig) -> list[dict[str, int]]:
     """The tokens of events [start, stop) of a user, spelled out."""
     events = [
         {name: int(values[store.offsets[user] + e]) for name, values in store.columns.items()}
@@ -38,13 +36,9 @@ def slow_row(
         next_time = events[e + 1]["timestamp"]
         if layout.kind == "interleaved":
             tokens.append({**common, "token_type": 0, "query_time": events[e]["timestamp"]})
-            tokens.append(
-                {**common, "token_type": 1, "query_time": next_time, "next": events[e + 1]["item_id"]}
-            )
+            tokens.append({**common, "token_type": 1, "query_time": next_time, "next": events[e + 1]["item_id"]})
         else:
-            tokens.append(
-                {**common, "token_type": 0, "query_time": next_time, "next": events[e + 1]["item_id"]}
-            )
+            tokens.append({**common, "token_type": 0, "query_time": next_time, "next": events[e + 1]["item_id"]})
     return tokens
 
 
@@ -62,17 +56,14 @@ def check(batch: JaggedBatch, rows: list[list[dict[str, int]]], users: list[int]
 
 @settings(max_examples=80, deadline=None)
 @given(split_logs(), layouts, st.randoms(use_true_random=False))
-def test_training_rows_equal_the_slow_loop(
-    case: tuple[EventStore, Split], layout: LayoutConfig, random
-) -> None:
+def test_training_rows_equal_the_slow_loop(case: tuple[EventStore, Split], layout: LayoutConfig, random) -> None:
     store, split = case
     users = np.flatnonzero(split.train_stop >= 2).tolist()
     random.shuffle(users)
     batch = training_batch(store, split, layout, np.array(users))
     stops = [int(split.train_stop[u]) - 1 for u in users]
     rows = [
-        slow_row(store, u, max(0, stop - layout.max_events), stop, layout)
-        for u, stop in zip(users, stops, strict=True)
+        slow_row(store, u, max(0, stop - layout.max_events), stop, layout) for u, stop in zip(users, stops, strict=True)
     ]
     check(batch, rows, users)
     flat = [token for row in rows for token in row]

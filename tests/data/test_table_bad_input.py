@@ -47,9 +47,7 @@ def test_an_unknown_suffix(tmp_path: Path) -> None:
     assert "'.xlsx'" in message and ".parquet" in message
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"), [("", "is empty"), (HEAD, "has no rows"), (HEAD + "1,,1\n", "every row")]
-)
+@pytest.mark.parametrize(("text", "reason"), [("", "is empty"), (HEAD, "has no rows"), (HEAD + "1,,1\n", "every row")])
 def test_an_empty_file(tmp_path: Path, text: str, reason: str) -> None:
     assert reason in refusal(csv(tmp_path, text))
 

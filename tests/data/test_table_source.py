@@ -64,9 +64,7 @@ def test_ids_beyond_float_precision_survive(tmp_path: Path, suffix: str) -> None
 
 
 def test_ids_with_leading_zeros_stay_text_and_apart(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "log.csv", {"user_id": ["a"] * 3, "item_id": ["7", "007", "NA"], "timestamp": [1, 2, 3]}
-    )
+    path = write(tmp_path / "log.csv", {"user_id": ["a"] * 3, "item_id": ["7", "007", "NA"], "timestamp": [1, 2, 3]})
     assert sequences(load(path)) == {"a": ["7", "007", "NA"]}
 
 

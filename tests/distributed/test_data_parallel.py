@@ -98,9 +98,7 @@ def worker(rank: int, world: int, folder: str) -> None:
             if rank == 1 and (epoch, index) == (1, 2):
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        stopped = tiny_trainer(
-            path / "stop", loader=TinyLoader(rank=rank, world=world, event=kick), ctx=ctx
-        ).fit()
+        stopped = tiny_trainer(path / "stop", loader=TinyLoader(rank=rank, world=world, event=kick), ctx=ctx).fit()
         assert stopped.status == "stopped" and 8 <= stopped.step < 16
         steps = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
         torch.distributed.all_gather(steps, torch.tensor([stopped.step]))
@@ -148,9 +146,7 @@ def test_two_processes_equal_one(two, tmp_path, name):
     alone = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len(alone)
     for a, b in zip(map(json.loads, lines), map(json.loads, alone), strict=True):
-        assert (
-            a["step"] == b["step"] and a.get("tokens") == b.get("tokens") and a.get("pairs") == b.get("pairs")
-        )
+        assert a["step"] == b["step"] and a.get("tokens") == b.get("tokens") and a.get("pairs") == b.get("pairs")
         if "grad_norm" in a:
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 

@@ -102,18 +102,14 @@ def test_a_target_hidden_under_an_earlier_event_number_is_caught(world):
     assert names(found) == {"input_not_from_log"} and "first ones (user " in found[0].detail
 
 
-@pytest.mark.parametrize(
-    ("shift", "expected"), [(-100, {"query_time"}), (5, {"query_time", "later_than_target"})]
-)
+@pytest.mark.parametrize(("shift", "expected"), [(-100, {"query_time"}), (5, {"query_time", "later_than_target"})])
 def test_a_query_time_other_than_the_targets_is_caught(world, shift, expected):
     store, split = world
 
     def change(values, last):
         values[last] += shift
 
-    loader = Tampered(
-        EvalLoader(store, split.test, ITEMS), lambda batch: with_token(batch, "query_time", change)
-    )
+    loader = Tampered(EvalLoader(store, split.test, ITEMS), lambda batch: with_token(batch, "query_time", change))
     assert names(audit_evaluation(loader)) == expected
 
 
@@ -123,9 +119,7 @@ def test_labels_other_than_the_target_are_caught(world):
     def change(batch):
         return batch.replace(labels=dataclasses.replace(batch.labels, item_id=(batch.labels.item_id + 1) % V))
 
-    assert names(audit_evaluation(Tampered(EvalLoader(store, split.test, ITEMS), change))) == {
-        "label_not_target"
-    }
+    assert names(audit_evaluation(Tampered(EvalLoader(store, split.test, ITEMS), change))) == {"label_not_target"}
 
 
 def test_rows_of_another_user_are_caught(world):
@@ -214,11 +208,7 @@ def test_shuffled_targets_keep_counts_and_held_out_events_and_break_transitions(
     train = control.columns["item_id"].reshape(60, 12)[:, :10]
     assert ((train[:, 1:] - train[:, :-1]) % V == 1).mean() < 3 / V
     assert "shuffled" in control.manifest["caveats"][-1]
-    assert (
-        control.manifest["content_hash"] != store.manifest["content_hash"] and store.manifest["caveats"] == []
-    )
+    assert control.manifest["content_hash"] != store.manifest["content_hash"] and store.manifest["caveats"] == []
     again = shuffle_targets(store, split, seed=1)
     np.testing.assert_array_equal(again.columns["item_id"], control.columns["item_id"])
-    assert (
-        audit(control, split, EvalLoader(control, split.test, ITEMS), training_batches(control, split)) == []
-    )
+    assert audit(control, split, EvalLoader(control, split.test, ITEMS), training_batches(control, split)) == []

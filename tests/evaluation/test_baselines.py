@@ -76,8 +76,7 @@ def slow_item_knn(config: ItemKNNConfig, lists, counts) -> np.ndarray:
     for i in range(V):
         for j in range(V):
             similarity[i, j] *= (
-                max(counts[i], 1) ** -config.source_exponent
-                * max(counts[j], 1) ** -config.popularity_exponent
+                max(counts[i], 1) ** -config.source_exponent * max(counts[j], 1) ** -config.popularity_exponent
             )
     return similarity
 
@@ -103,15 +102,9 @@ def slow_score(config, lists, history: list[int], j: int) -> float:
 @pytest.mark.parametrize("config", [c for c in EVERY if c.kind != "repeat_last"], ids=setting)
 def test_scores_equal_the_slow_definition(world, config):
     store, split = world
-    scores = (
-        fit(config, store, split)
-        .scores(evaluation_batch(store, split.test, slice(None), LAYOUT), (0, V))
-        .numpy()
-    )
+    scores = fit(config, store, split).scores(evaluation_batch(store, split.test, slice(None), LAYOUT), (0, V)).numpy()
     lists = training_lists(store, split)
-    expected = np.array(
-        [[slow_score(config, lists, h, j) for j in range(V)] for h in history_lists(store, split.test)]
-    )
+    expected = np.array([[slow_score(config, lists, h, j) for j in range(V)] for h in history_lists(store, split.test)])
     if config.kind == "item_knn":
         scores, rest = np.maximum(scores, 0), scores[expected == 0]
         assert (rest < 0).all()
@@ -134,9 +127,7 @@ def test_item_knn_orders_items_without_neighbours_by_popularity(make_store):
     store = make_store([[0, 1, 0, 0], [2, 3, 0, 0], [2, 3, 0, 0], [4, 4, 0, 0]], 6)
     split = make_split(LeaveOneOutConfig(), store)
     batch = evaluation_batch(store, split.valid, np.array([0]), LAYOUT)  # history 0, 1: nothing followed 1
-    ranked = fit(ItemKNNConfig(window=1, history=1, popularity_exponent=0.0), store, split).recommend(
-        batch, 6
-    )
+    ranked = fit(ItemKNNConfig(window=1, history=1, popularity_exponent=0.0), store, split).recommend(batch, 6)
     assert ranked.items.tolist() == [[2, 3, 4, 0, 1, 5]]
 
 
@@ -170,9 +161,7 @@ def test_held_out_events_are_not_counted(world, config):
         item[at] = (item[at] + 1) % V
     other = dataclasses.replace(store, columns=store.columns | {"item_id": item})
     batch = evaluation_batch(store, split.test, slice(None), LAYOUT)
-    assert torch.equal(
-        fit(config, store, split).scores(batch, (0, V)), fit(config, other, split).scores(batch, (0, V))
-    )
+    assert torch.equal(fit(config, store, split).scores(batch, (0, V)), fit(config, other, split).scores(batch, (0, V)))
 
 
 def test_sparse_and_dense_similarity_agree(world, monkeypatch):

@@ -91,9 +91,7 @@ def test_constant_scores_give_exactly_k_over_v(world):
 def test_masking_reaches_events_that_the_batch_cuts_off(make_store):
     store = make_store([[0, 1, 2, 3, 4, 5, 6]], 8)
     split = make_split(LeaveOneOutConfig(), store)
-    ranks = rank_targets(
-        Fixed(torch.zeros(1, 8)), EvalLoader(store, split.test, LayoutConfig(max_events=2)), True
-    )
+    ranks = rank_targets(Fixed(torch.zeros(1, 8)), EvalLoader(store, split.test, LayoutConfig(max_events=2)), True)
     assert ranks.candidates.tolist() == [2] and ranks.tied.tolist() == [1]
 
 

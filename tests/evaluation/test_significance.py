@@ -20,9 +20,7 @@ def make_ranks(better: np.ndarray) -> Ranks:
 def test_p_values_are_about_uniform_when_nothing_differs():
     rng = np.random.default_rng(0)
     pairs = (rng.random((2, 200)) < 0.3 for _ in range(300))
-    p = np.array(
-        [paired_bootstrap(*pair.astype(float), samples=400, seed=i).p_value for i, pair in enumerate(pairs)]
-    )
+    p = np.array([paired_bootstrap(*pair.astype(float), samples=400, seed=i).p_value for i, pair in enumerate(pairs)])
     # 300 draws: the shares below are within 3 standard errors of 5 % and 50 %, plus the ties of a discrete
     # mean.
     assert 0.01 < (p < 0.05).mean() < 0.09

@@ -31,9 +31,7 @@ def test_the_best_validation_setting_is_chosen(world, mask_seen):
     store, split = world
     tuned = tune("item_knn", store, split, LAYOUT, mask_seen)
     loader = EvalLoader(store, split.valid, LAYOUT)
-    values = [
-        means(rank_targets(fit(c, store, split), loader, mask_seen))["ndcg@10"] for c in GRIDS["item_knn"]
-    ]
+    values = [means(rank_targets(fit(c, store, split), loader, mask_seen))["ndcg@10"] for c in GRIDS["item_knn"]]
     np.testing.assert_allclose([row["ndcg@10"] for row in tuned.rows], values, rtol=1e-9)
     assert tuned.config == GRIDS["item_knn"][int(np.argmax(values))]
     assert [row["chosen"] for row in tuned.rows].index(True) == int(np.argmax(values))
@@ -59,9 +57,7 @@ def test_a_draw_of_users_is_stated_and_fixed_by_its_seed(world):
 
 def test_the_table_shows_every_setting_best_first_and_the_chosen_one(world):
     store, split = world
-    tuned = tune(
-        "markov", store, split, LAYOUT, False, grid=[MarkovConfig(backoff=w) for w in (0.5, 5.0, 50.0)]
-    )
+    tuned = tune("markov", store, split, LAYOUT, False, grid=[MarkovConfig(backoff=w) for w in (0.5, 5.0, 50.0)])
     lines = tuned.table().splitlines()
     assert len(lines) == 4 and lines[1].endswith(f"{tuned.setting}  <- chosen")
 

@@ -43,9 +43,7 @@ class NextItem:
         return Ranked(items.masked_fill(best == float("-inf"), -1), best)
 
 
-def loaded(
-    *, times: bool = True, actions: bool = False, kind: str = "items", mask_seen: bool = False
-) -> Loaded:
+def loaded(*, times: bool = True, actions: bool = False, kind: str = "items", mask_seen: bool = False) -> Loaded:
     """Users 'ann' (items 0 1 2 3 4) and 'bob' (2 2): one event a day; bob is too short to be held out."""
     columns = {"item_id": np.array([0, 1, 2, 3, 4, 2, 2])}
     if times:
@@ -104,9 +102,7 @@ def test_a_user_as_of_a_time_has_only_earlier_events():
     assert len(early.history) == 2 and early.held_out is None
     assert any("trained on this user's later events" in note for note in early.notes)
     late = recommend(loaded(), user="ann", at=99 * DAY)
-    assert late.held_out.part == "test" and late.query_time == 99 * DAY, (
-        "the held-out event never enters the history"
-    )
+    assert late.held_out.part == "test" and late.query_time == 99 * DAY, "the held-out event never enters the history"
 
 
 def test_a_user_without_held_out_events_is_asked_with_everything():
@@ -127,9 +123,7 @@ def test_a_typed_history_states_the_times_and_actions_it_assumes():
     assert [r.title for r in found] == ["Ran"] and found.user is None and found.held_out is None
     assert found.query_time == 7 * DAY and [e.ago for e in found.history] == [2 * DAY, DAY]
     assert run.model.batch.tokens["action"].tolist() == [1, 1]
-    assert any("every 1 day" in note for note in found.notes) and any(
-        "Assumed actions: 1" in n for n in found.notes
-    )
+    assert any("every 1 day" in note for note in found.notes) and any("Assumed actions: 1" in n for n in found.notes)
     assert recommend(run, history=[12], at=50).query_time == 50
 
 

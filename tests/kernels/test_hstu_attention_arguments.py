@@ -70,9 +70,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"), BAD, ids=[f"{i}-{name.strip()}" for i, (name, _) in enumerate(BAD)]
-)
+@pytest.mark.parametrize(("name", "changes"), BAD, ids=[f"{i}-{name.strip()}" for i, (name, _) in enumerate(BAD)])
 def test_a_wrong_argument_is_named(name, changes):
     with pytest.raises(ValueError, match=f"^{name}"):
         hstu_attention(**arguments(**changes))
@@ -92,7 +90,5 @@ def test_backend_is_the_argument_else_the_environment_else_auto(monkeypatch):
     assert choose_backend() == "reference"
     monkeypatch.setenv("GR_HSTU_BACKEND", "nonsense")
     assert choose_backend("reference") == "reference"
-    with pytest.raises(
-        ValueError, match="environment variable GR_HSTU_BACKEND must be one of auto, reference"
-    ):
+    with pytest.raises(ValueError, match="environment variable GR_HSTU_BACKEND must be one of auto, reference"):
         choose_backend()

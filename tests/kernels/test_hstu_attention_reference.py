@@ -32,13 +32,9 @@ def loop_mask(length: int, c: int, t: int, causal: bool, window, full_tail, grou
             is_target = j >= first_target
             ok = i == j or (ids[i] > ids[j] if causal else not is_target)
             if group and is_target and i >= first_target:
-                ok = ok or (
-                    (i - first_target) // group == (j - first_target) // group and (j <= i or not causal)
-                )
+                ok = ok or ((i - first_target) // group == (j - first_target) // group and (j <= i or not causal))
             if window:
-                ok = ok and (
-                    abs(ids[i] - ids[j]) <= window or (bool(full_tail) and ids[i] >= last - full_tail)
-                )
+                ok = ok and (abs(ids[i] - ids[j]) <= window or (bool(full_tail) and ids[i] >= last - full_tail))
             if c > 0 and ids[i] == 0 and ids[j] < last:
                 ok = True
             seen[i][j] = ok
@@ -176,12 +172,8 @@ def test_gradients_are_right_tables_included(mask, shared):
     key_times, query_times = torch.randint(0, 20, (2, 7))
 
     def run(q, k, v, position, time):
-        bias = RelativeBias(
-            position_table=position, time_table=time, key_times=key_times, query_times=query_times
-        )
-        return hstu_attention(
-            q, k, v, offsets, max_seq_len=4, divisor=3.0, alpha=0.7, mask=Mask(**mask), bias=bias
-        )
+        bias = RelativeBias(position_table=position, time_table=time, key_times=key_times, query_times=query_times)
+        return hstu_attention(q, k, v, offsets, max_seq_len=4, divisor=3.0, alpha=0.7, mask=Mask(**mask), bias=bias)
 
     assert torch.autograd.gradcheck(run, (q, k, v, position, time))
 
@@ -211,9 +203,7 @@ def test_bias_equals_a_dense_bias_table_gradients_included():
     weights = torch.nn.functional.silu(dq @ dk.mT + dense) * (j <= i)
     expected = (weights @ dv).transpose(1, 2).reshape(batch * n, heads, -1) / 5.0
     torch.testing.assert_close(out, expected)
-    for mine, theirs in zip(
-        ours, torch.autograd.grad(expected, (q, k, v, position, time), grad), strict=True
-    ):
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, (q, k, v, position, time), grad), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -227,9 +217,7 @@ def test_last_rows_as_delta_equal_the_rows_of_the_full_form(case, data, position
     offsets, q_offsets = offsets_of(lengths), offsets_of(fresh)
     q, k, v = random_qkv(int(offsets[-1]))
     times = torch.randint(0, 99, (int(offsets[-1]),))
-    newest = torch.cat(
-        [torch.arange(end - new, end) for end, new in zip(offsets[1:].tolist(), fresh, strict=True)]
-    )
+    newest = torch.cat([torch.arange(end - new, end) for end, new in zip(offsets[1:].tolist(), fresh, strict=True)])
     tables = {"position_table": torch.randn(11).double(), "time_table": torch.randn(9).double()}
     common = {"max_seq_len": 9, "divisor": "visible", "alpha": 0.4, "mask": mask_of(rows, options)}
 

@@ -16,9 +16,7 @@ from gr.modules.hstu import PRESETS, HSTUConfig, HSTULayer, build_hstu, resolve
 
 def make_batch(lengths, max_seq_len=None, **rows):
     offsets = torch.tensor([0, *lengths]).cumsum(0)
-    times = (
-        torch.cat([torch.arange(n) * 3600 + 10 * n for n in lengths]) if lengths else torch.zeros(0).long()
-    )
+    times = torch.cat([torch.arange(n) * 3600 + 10 * n for n in lengths]) if lengths else torch.zeros(0).long()
     return SimpleNamespace(
         offsets=offsets,
         max_seq_len=max(lengths) if max_seq_len is None else max_seq_len,
@@ -28,9 +26,7 @@ def make_batch(lengths, max_seq_len=None, **rows):
 
 
 def small(preset="paper", **changes) -> HSTUConfig:
-    return HSTUConfig(
-        preset=preset, **{"num_heads": 2, "dim_qk": 3, "dim_v": 4, **changes}
-    )
+    return HSTUConfig(preset=preset, **{"num_heads": 2, "dim_qk": 3, "dim_v": 4, **changes})
 
 
 def shaken(module):
@@ -63,9 +59,7 @@ def test_presets_are_the_two_columns_of_the_reference():
 
 
 def test_a_field_given_wins_over_its_preset():
-    explicit = resolve(
-        HSTUConfig(preset="dlrm_v3", alpha=2.0, uvqk_bias=False, divisor="visible", time_bias=True), 12
-    )
+    explicit = resolve(HSTUConfig(preset="dlrm_v3", alpha=2.0, uvqk_bias=False, divisor="visible", time_bias=True), 12)
     assert (explicit.alpha, explicit.uvqk_bias, explicit.divisor, explicit.time_bias) == (
         2.0,
         False,
@@ -115,9 +109,7 @@ def test_a_paper_layer_is_its_dense_formula():
     u, v, q, k = F.silu(normed @ layer.uvqk.weight.T).split([8, 8, 6, 6], dim=1)
     i, j = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
     seconds = (batch.tokens["query_time"][:, None] - batch.tokens["timestamp"][None, :]).abs().clamp(min=1)
-    bias = (
-        layer.position_table[j - i + 11] + layer.time_table[(seconds.double().log() / 0.301).floor().long()]
-    )
+    bias = layer.position_table[j - i + 11] + layer.time_table[(seconds.double().log() / 0.301).floor().long()]
     heads = []
     for h in range(2):
         scores = q[:, 3 * h : 3 * h + 3] @ k[:, 3 * h : 3 * h + 3].T + bias

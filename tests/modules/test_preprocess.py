@@ -13,9 +13,7 @@ from gr.modules.preprocess import Preprocessor, PreprocessorConfig, positions
 
 def batch_of(lengths, token_type=None):
     index = {} if token_type is None else {"token_type": torch.tensor(token_type)}
-    return SimpleNamespace(
-        offsets=torch.tensor([0, *lengths]).cumsum(0), max_seq_len=max(lengths), index=index
-    )
+    return SimpleNamespace(offsets=torch.tensor([0, *lengths]).cumsum(0), max_seq_len=max(lengths), index=index)
 
 
 def test_positions_count_from_zero_in_each_sequence():

@@ -58,9 +58,7 @@ def test_jagged_equals_each_sequence_by_itself(block, targets):
 
 def test_number_of_parameters_is_that_of_the_formula():
     dim, hidden = 12, 20
-    model = build_transformer(
-        TransformerConfig(num_layers=3, num_heads=4, ffn_dim=hidden, final_norm=True), dim, 99
-    )
+    model = build_transformer(TransformerConfig(num_layers=3, num_heads=4, ffn_dim=hidden, final_norm=True), dim, 99)
     block = 4 * (dim * dim + dim) + 2 * 2 * dim + dim * hidden + hidden + hidden * dim + dim
     assert sum(p.numel() for p in model.parameters()) == 3 * block + 2 * dim
 

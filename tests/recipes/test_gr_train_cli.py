@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from tiny_runs import WORLD, train, train_process, write
 
 from gr.evaluation.saved_ranks import load_ranks
 from gr.training.checkpoint import load_torch
+from tiny_runs import WORLD, train, train_process, write
 
 SLOWER = {**WORLD, "num_users": 1500}  # enough steps for an accident to happen in
 
@@ -135,11 +135,20 @@ def test_help_and_print_config_do_what_they_say(tmp_path, capsys, monkeypatch):
 
 
 def test_two_processes_with_64_sequences_each_learn_and_rank_as_one_with_128(tmp_path):
-    """50 steps without dropout: loss to 1e-5, weights to 1e-4, and the same checkpoint gives every user the same rank."""
+    """50 steps without dropout: loss to 1e-5, weights to 1e-4; one checkpoint gives every user one rank."""
     write(tmp_path, data={**WORLD, "num_users": 1300})
-    common = ("tiny.yaml", "--train.batching.batch_size", "128", "--model.encoder.dropout", "0.0", "--train.epochs", "5",
-              "--model.preprocessor.dropout", "0.0", "--train.max_steps", "50", "--train.optimizer.lr", "0.003",
-              "--train.early_stopping", "null", "--objective.kind", "sampled_softmax", "--objective.num_negatives", "32")  # fmt: skip
+    changes = {
+        "train.batching.batch_size": 128,
+        "train.epochs": 5,
+        "train.max_steps": 50,
+        "train.optimizer.lr": 0.003,
+        "train.early_stopping": "null",
+        "model.encoder.dropout": 0.0,
+        "model.preprocessor.dropout": 0.0,
+        "objective.kind": "sampled_softmax",
+        "objective.num_negatives": 32,
+    }
+    common = ("tiny.yaml", *(f"--{field}={value}" for field, value in changes.items()))
     status, _, err = train(tmp_path, *common, "--name", "one")
     assert status == 0, err
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

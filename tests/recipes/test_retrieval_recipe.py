@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_runs import WORLD, config, run_here
 
 from gr import config as configs
 from gr.data.planted import PlantedConfig
@@ -27,6 +26,7 @@ from gr.training.checkpoint import load_torch
 from gr.training.phase import Phase
 from gr.training.run_config import RunConfig
 from gr.training.trainer import Trainer
+from tiny_runs import WORLD, config, run_here
 
 ALONE = ProcessContext()
 
@@ -40,7 +40,15 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_config_environment_metrics_weights_ranks_results_and_report(finished):
     folder, results = finished
     run_dir = folder / "runs" / "tiny"
-    for name in ("config.yaml", "env.json", "metrics.jsonl", "best.pt", "ranks_test.parquet", "results.json", "report.html"):
+    for name in (
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "best.pt",
+        "ranks_test.parquet",
+        "results.json",
+        "report.html",
+    ):
         assert (run_dir / name).stat().st_size > 0, name
     assert json.loads((run_dir / "results.json").read_text()) == json.loads(json.dumps(results))
     assert results["audit"] == []
@@ -99,7 +107,14 @@ def test_a_stage_is_done_only_with_the_same_inputs_and_whole_outputs(tmp_path):
 
 def train_on(folder, store, split, cfg):
     trainer = Trainer(
-        assemble(cfg, store, split), [Phase()], train_loader(cfg, store, split, ALONE), None, cfg.train, ALONE, folder, 0
+        assemble(cfg, store, split),
+        [Phase()],
+        train_loader(cfg, store, split, ALONE),
+        None,
+        cfg.train,
+        ALONE,
+        folder,
+        0,
     )
     trainer.fit()
     trainer.model.eval()
@@ -134,11 +149,18 @@ def test_a_planted_leak_is_found_by_the_run_itself(tmp_path, monkeypatch):
     assert "train_test_overlap" in names
 
 
-OBJECTIVES = ({"kind": "full_softmax"}, {"kind": "sampled_softmax", "num_negatives": 16},
-              {"kind": "sampled_softmax", "sampler": "popularity", "shared": True, "correct": True}, {"kind": "in_batch"},
-              {"kind": "bce", "num_negatives": 4})  # fmt: skip
-ENCODERS = ({"kind": "hstu", "num_heads": 2, "dim_qk": 8, "dim_v": 8},
-            {"kind": "hstu", "preset": "dlrm_v3", "dim_qk": 8, "dim_v": 8}, {"kind": "transformer"})  # fmt: skip
+OBJECTIVES = (
+    {"kind": "full_softmax"},
+    {"kind": "sampled_softmax", "num_negatives": 16},
+    {"kind": "sampled_softmax", "sampler": "popularity", "shared": True, "correct": True},
+    {"kind": "in_batch"},
+    {"kind": "bce", "num_negatives": 4},
+)
+ENCODERS = (
+    {"kind": "hstu", "num_heads": 2, "dim_qk": 8, "dim_v": 8},
+    {"kind": "hstu", "preset": "dlrm_v3", "dim_qk": 8, "dim_v": 8},
+    {"kind": "transformer"},
+)
 CASES = [  # every objective, layout, encoder and similarity, each with several of the others
     (OBJECTIVES[i % 5], ("items", "interleaved", "added")[i % 3], ENCODERS[(i // 2) % 3], ("cosine", "dot")[i % 2])
     for i in range(10)
@@ -158,7 +180,7 @@ def test_every_part_learns_with_every_other(tmp_path, objective, layout, encoder
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     torch.manual_seed(0)
     losses = []
-    for step in range(12):
+    for _ in range(12):
         found = model(loader.batch(0, 0, 0))
         (found.total / found.weight).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -191,4 +213,7 @@ def test_weights_on_disk_are_the_weights_that_were_judged(finished):
     ranks = rank_targets(model, eval_loader(cfg, store, split.test, ALONE), False)
     saved = load_ranks(folder / "runs" / "tiny" / "ranks_test.parquet")
     np.testing.assert_array_equal(ranks.better, saved.better)
-    assert isinstance(cfg.data, PlantedConfig) and results["ceiling"]["hr@10"] > results["metrics"]["HSTU"]["hr@10"]["mean"] - 0.1
+    assert (
+        isinstance(cfg.data, PlantedConfig)
+        and results["ceiling"]["hr@10"] > results["metrics"]["HSTU"]["hr@10"]["mean"] - 0.1
+    )

@@ -32,9 +32,7 @@ def test_a_truncated_checkpoint_is_refused_and_the_previous_one_offered(tmp_path
     path = tmp_path / "step-00000006.pt"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(
-        UserError, match=r"step-00000006.pt is damaged .*delete it to resume from step-00000004.pt"
-    ):
+    with pytest.raises(UserError, match=r"step-00000006.pt is damaged .*delete it to resume from step-00000004.pt"):
         find_checkpoint(tmp_path)
     path.unlink()
     assert load_torch(find_checkpoint(tmp_path))["x"][0] == 4.0

@@ -39,9 +39,7 @@ def test_two_micro_batches_learn_as_one_batch_of_twice_the_size(tmp_path):
     one, two = results["one"], results["two"]
     assert one[0].step == two[0].step == 6
     assert [line["loss"] for line in one[2]] == pytest.approx([line["loss"] for line in two[2]], rel=1e-5)
-    assert [line["grad_norm"] for line in one[2]] == pytest.approx(
-        [line["grad_norm"] for line in two[2]], rel=1e-4
-    )
+    assert [line["grad_norm"] for line in one[2]] == pytest.approx([line["grad_norm"] for line in two[2]], rel=1e-4)
     for name, value in one[1].items():
         torch.testing.assert_close(two[1][name], value, rtol=1e-4, atol=1e-5)
     whole = tiny_trainer(
@@ -82,15 +80,11 @@ def test_clipping_bounds_dense_parameters_and_leaves_tables_alone():
     model, loader = TinyModel(0.0), TinyLoader(batch_size=8)
     dense, tables = split_parameters(model, list(model.parameters()))
     assert [id(p) for p in tables] == [id(model.table.weight)] and len(dense) == 2
-    free = torch.autograd.grad(
-        model(loader.batch(0, 0, 0)).total / model(loader.batch(0, 0, 0)).weight, tables
-    )[0]
+    free = torch.autograd.grad(model(loader.batch(0, 0, 0)).total / model(loader.batch(0, 0, 0)).weight, tables)[0]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     context = StepContext(0, 0)
     batches = [loader.batch(0, 0, 0)]
-    run_step(
-        model, Phase(), optimizer, dense, batches, 1, context, ProcessContext(), clip_norm=1e-3, bf16=False
-    )
+    run_step(model, Phase(), optimizer, dense, batches, 1, context, ProcessContext(), clip_norm=1e-3, bf16=False)
     assert float(nn.utils.get_total_norm([p.grad for p in dense])) == pytest.approx(1e-3, rel=1e-3)
     torch.testing.assert_close(tables[0].grad, free)
 
@@ -170,9 +164,7 @@ def test_without_selection_the_last_weights_are_kept(tmp_path):
 @pytest.mark.parametrize("metrics", [{"hr@10": 0.2}, {"ndcg@10": float("nan")}])
 def test_a_metric_that_evaluation_does_not_give_is_named(tmp_path, metrics):
     config = tiny_config(early_stopping=EarlyStoppingConfig())
-    with pytest.raises(
-        UserError, match=r"early_stopping.metric 'ndcg@10' has no finite value; evaluation gave"
-    ):
+    with pytest.raises(UserError, match=r"early_stopping.metric 'ndcg@10' has no finite value; evaluation gave"):
         tiny_trainer(tmp_path, config, evaluate=lambda model: metrics).fit()
 
 

@@ -85,9 +85,7 @@ def test_resume_is_exact_with_bf16_schedule_and_early_stopping(tmp_path):
     expected, result, lines = undisturbed(tmp_path, config, evaluate=measure)
     assert result.status == "done" and result.best_step == 8 and result.step == 32
     with pytest.raises(Boom):
-        tiny_trainer(
-            tmp_path / "run", config, evaluate=measure, loader=TinyLoader(event=at(2, 5, accident))
-        ).fit()
+        tiny_trainer(tmp_path / "run", config, evaluate=measure, loader=TinyLoader(event=at(2, 5, accident))).fit()
     trainer = tiny_trainer(tmp_path / "run", config, evaluate=measure)
     assert trainer.fit().best_step == 8
     assert same(weights(trainer.model), expected) and deterministic_lines(tmp_path / "run") == lines
@@ -148,9 +146,7 @@ sys.exit(run_cli(main))
 def run_script(folder, epoch, index, number) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     command = [sys.executable, "-c", SCRIPT, str(folder), str(epoch), str(index), str(int(number))]
-    return subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
 
 
 def test_a_killed_process_resumes_bit_identically(tmp_path):
@@ -215,9 +211,7 @@ def test_phases_freeze_parameters_run_hooks_and_resume_in_the_right_one(tmp_path
     assert torch.equal(expected["table.weight"], snapshots[7]["table.weight"])
     assert not torch.equal(expected["linear.weight"], start["linear.weight"])
     with pytest.raises(Boom):
-        tiny_trainer(
-            tmp_path / "run", config, phases=phases, loader=TinyLoader(event=at(1, 2, accident))
-        ).fit()
+        tiny_trainer(tmp_path / "run", config, phases=phases, loader=TinyLoader(event=at(1, 2, accident))).fit()
     assert calls == ["phase", 0]
     trainer = tiny_trainer(tmp_path / "run", config, phases=phases)
     trainer.fit()

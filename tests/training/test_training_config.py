@@ -52,8 +52,5 @@ def test_a_config_survives_its_own_yaml_form():
 
 def test_settings_that_change_nothing_learned_are_left_out_of_the_hash():
     base = config_hash(TrainConfig())
-    assert (
-        config_hash(TrainConfig(keep_last=9, log_every_steps=1, checkpoint_every_steps=5, tensorboard=False))
-        == base
-    )
+    assert config_hash(TrainConfig(keep_last=9, log_every_steps=1, checkpoint_every_steps=5, tensorboard=False)) == base
     assert config_hash(TrainConfig(accumulate=2)) != base

@@ -37,9 +37,7 @@ class TinyModel(nn.Module):
 
     def forward(self, batch: JaggedBatch) -> Losses:
         vectors = self.dropout(self.table(batch.tokens["item_id"][batch.labels.position]))
-        losses = nn.functional.cross_entropy(
-            self.linear(vectors).float(), batch.labels.item_id, reduction="none"
-        )
+        losses = nn.functional.cross_entropy(self.linear(vectors).float(), batch.labels.item_id, reduction="none")
         total = (losses * batch.labels.weight).sum()
         return Losses(total=total, parts={"next_item": total.detach()}, weight=batch.labels.weight.sum())
 
@@ -97,9 +95,7 @@ def tiny_config(**changes) -> TrainConfig:
     return TrainConfig(**{**defaults, **changes})
 
 
-def tiny_trainer(
-    folder, config=None, *, model=None, loader=None, evaluate=None, phases=None, ctx=None, seed=5
-):
+def tiny_trainer(folder, config=None, *, model=None, loader=None, evaluate=None, phases=None, ctx=None, seed=5):
     """A trainer of a fresh tiny model."""
     return Trainer(
         model or TinyModel(),

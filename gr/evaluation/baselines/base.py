@@ -62,9 +62,7 @@ class CountingRecommender:
         return top_k(self.scorer(batch), self.num_items, k, exclude)
 
 
-def top_k(
-    scorer: Scorer, num_items: int, k: int, exclude: Tensor | None = None, block: int = 65536
-) -> Ranked:
+def top_k(scorer: Scorer, num_items: int, k: int, exclude: Tensor | None = None, block: int = 65536) -> Ranked:
     """The k best of block-wise scores, merged block by block; item -1, score -inf where fewer remain."""
     best_scores = best_items = None
     for lo in range(0, num_items, block):
@@ -87,7 +85,5 @@ def top_k(
 
 def setting(config: Any) -> str:
     """A config in words, such as ``window 5, decay 0.7``; ``-`` when there is nothing to set."""
-    parts = [
-        f"{f.name.replace('_', ' ')} {getattr(config, f.name)}" for f in fields(config) if f.name != "kind"
-    ]
+    parts = [f"{f.name.replace('_', ' ')} {getattr(config, f.name)}" for f in fields(config) if f.name != "kind"]
     return ", ".join(parts) or "-"

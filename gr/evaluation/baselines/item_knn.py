@@ -73,9 +73,7 @@ class ItemKNN(CountingRecommender):
 
         def score(span: tuple[int, int]) -> torch.Tensor:
             values = evidence[:, span[0] : span[1]]
-            values = torch.from_numpy(
-                values.toarray() if sparse.issparse(values) else np.ascontiguousarray(values)
-            )
+            values = torch.from_numpy(values.toarray() if sparse.issparse(values) else np.ascontiguousarray(values))
             return torch.where(values > 0, values, self.fallback[span[0] : span[1]])
 
         return score

@@ -49,9 +49,7 @@ GRIDS: dict[str, list[Any]] = {
 }
 
 
-def fit(
-    config: Any, store: Any, split: Any, statistics: TrainingStatistics | None = None
-) -> CountingRecommender:
+def fit(config: Any, store: Any, split: Any, statistics: TrainingStatistics | None = None) -> CountingRecommender:
     """Fits a baseline on training events only.
 
     The same fit serves validation and test: at test a history holds the validation event, but nothing is
