@@ -6,6 +6,7 @@ in a planted tree.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -215,7 +216,7 @@ def test_import_gr_imports_nothing_heavy() -> None:
     assert not loaded & {"torch", "numpy", "pyarrow", "yaml", *HOMES}
 
 
-def test_the_wheel_owns_gr_alone_and_holds_the_linked_folders(tmp_path: Path) -> None:
+def test_the_wheel_owns_gr_alone_holds_the_linked_folders_and_trains_outside_the_checkout(tmp_path: Path) -> None:
     copy = tmp_path / "checkout"
     copy.mkdir()
     for name in ("gr", "kernels", "launch", "configs"):
@@ -243,3 +244,30 @@ def test_the_wheel_owns_gr_alone_and_holds_the_linked_folders(tmp_path: Path) ->
     assert {n if n.startswith("gr/") else f"gr/{n}" for n in held} <= names
     assert "Requires-Dist: torch<2.14,>=2.11" in metadata and "License-Expression: Apache-2.0" in metadata
     assert "gr-train = gr.train:cli" in points
+    # Unpacked elsewhere, it trains: the copy under test is the wheel's, not the checkout's.
+    place, outside = tmp_path / "site", tmp_path / "outside"
+    with zipfile.ZipFile(next(tmp_path.glob("hstu_gr-*.whl"))) as wheel:
+        wheel.extractall(place)
+    outside.mkdir()
+    shrunk = [
+        "--data.num_users",
+        "150",
+        "--train.max_steps",
+        "2",
+        "--train.schedule.warmup_steps",
+        "0",
+        "--evaluation.baselines",
+        "[popularity]",
+    ]
+    command = [sys.executable, "-c", "import gr.train, sys; print(gr.__file__); sys.exit(gr.train.cli())"]
+    done = subprocess.run(
+        [*command, "configs/quickstart.yaml", *shrunk],
+        cwd=outside,
+        env={**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(str(place))
+    assert (outside / "runs" / "quickstart" / "report.html").stat().st_size > 10_000

@@ -81,3 +81,23 @@ print("@", json.dumps(failed))
     line = next(line for line in run_bare(script).splitlines() if line.startswith("@ "))
     failed = json.loads(line[2:])
     assert not failed, "\n".join(f"{name}: {trace}" for name, trace in failed.items())
+
+
+def test_a_run_trains_judges_reports_and_recommends_without_them(tmp_path: Path) -> None:
+    config = tmp_path / "bare.yaml"
+    config.write_text(
+        "{name: bare, data: {kind: planted, num_users: 150, num_items: 60, num_topics: 2, subtopics: 2}, "
+        "model: {dim: 8, encoder: {kind: hstu, num_layers: 1, dim_qk: 8, dim_v: 8}}, "
+        "train: {epochs: 1, tensorboard: false}, evaluation: {baselines: [popularity]}}"
+    )
+    script = f"""
+import os
+os.chdir({str(tmp_path)!r})
+from gr.inference.cli import main as recommend
+from gr.train import main as train
+assert train(["bare.yaml"]) == 0
+assert recommend(["runs/bare", "--k", "2"]) == 0
+assert not {{name.split(".")[0] for name in sys.modules}} & set(ABSENT)
+"""
+    out = run_bare(script)
+    assert "leak audit: nothing found" in out and "Recommended" in out

@@ -1,0 +1,50 @@
+"""``gr-recommend`` on a run that ``gr-train`` made: the same model, the same ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny_runs import run_here
+
+from gr.errors import run_cli
+from gr.evaluation.saved_ranks import load_ranks
+from gr.inference.cli import main
+from gr.inference.load import load_run
+from gr.inference.recommend import recommend
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recommend")
+    run_here(folder)
+    return folder / "runs" / "tiny"
+
+
+def test_held_out_items_rank_as_the_evaluation_said(run_dir):
+    loaded = load_run(run_dir)
+    ranks = load_ranks(run_dir / "ranks_test.parquet")
+    for row in np.arange(0, len(ranks), 37):
+        user = loaded.store.user_ids[int(ranks.user[row])].as_py()
+        found = recommend(loaded, user=user, k=5)
+        assert found.held_out.rank == ranks.rank[row], user
+        assert len(found.rows) == 5
+
+
+def test_the_command_shows_history_recommendations_and_what_came_next(run_dir, capsys):
+    assert run_cli(main, [str(run_dir), "--k", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "Recommended" in out and "What came next (test):" in out and " of 120." in out
+    assert run_cli(main, [str(run_dir), "--history", "Noir Classics No. 1; Space Classics No. 2"]) == 0
+    assert "Your history" in capsys.readouterr().out
+
+
+def test_an_unknown_user_or_title_is_one_sentence(run_dir, capsys):
+    for arguments, words in (
+        (["--user", "99999"], "99999"),
+        (["--history", "Noir Clasics No. 1"], "Noir Classics No. 1"),
+        (["--k", "0"], "--k is 0"),
+    ):
+        assert run_cli(main, [str(run_dir), *arguments]) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1, err
+    assert run_cli(main, [str(run_dir.parent / "absent")]) == 2
