@@ -93,7 +93,7 @@ def row_of(variant: str, results: dict[str, Any]) -> dict[str, Any]:
         "label": VARIANTS[variant][0],
         "seed": results["seed"],
         "config_hash": results["config_hash"],
-        "commit": environment.get("commit"),
+        "commit": environment.get("git_commit"),
         "cpu": environment.get("cpu"),
         "torch": environment.get("torch"),
         "valid_ndcg@10": results["model"]["best_metrics"]["ndcg@10"],

@@ -2,15 +2,13 @@
 
 An epoch's plan is a pure function of (seed, epoch): users in a keyed order, cut into *global* batches. Every
 rank computes it and takes its part of each batch, dealt so that ranks carry like costs; the union over ranks
-is the global batch. Nothing has a state but ``LoaderState``, two integers.
+is the global batch. A loader has no state: a batch is asked for by (epoch, index), so a run resumes to the exact one.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,14 +56,6 @@ class BatchingConfig:
             )
 
 
-@dataclass(frozen=True)
-class LoaderState:
-    """The next batch to come: ``index`` within ``epoch``, both from 0."""
-
-    epoch: int = 0
-    index: int = 0
-
-
 class TrainLoader:
     """Training batches of one rank.
 
@@ -78,7 +68,6 @@ class TrainLoader:
         seed: The run's seed.
         rank: This process among ``world``.
         world: Number of processes.
-        prefetch: Batches prepared ahead by one background thread; changes no result.
 
     Attributes:
         users: (n,) int64 users with at least one label.
@@ -98,12 +87,11 @@ class TrainLoader:
         seed: int,
         rank: int = 0,
         world: int = 1,
-        prefetch: int = 0,
     ) -> None:
         assert 0 <= rank < world, f"rank {rank} of {world}"
         check_layout(store, layout)
         self.store, self.split, self.layout, self.batching = store, split, layout, batching
-        self.sampler, self.seed, self.rank, self.world, self.prefetch = sampler, seed, rank, world, prefetch
+        self.sampler, self.seed, self.rank, self.world = sampler, seed, rank, world
         self.users = np.flatnonzero(split.train_stop >= 2)
         self.num_skipped = split.train_stop.size - self.users.size
         if self.users.size < world:
@@ -121,7 +109,7 @@ class TrainLoader:
             order = self.users[np.argsort(keyed(_SHUFFLE, self.seed, epoch, self.users), kind="stable")]
             stops = self._stops(order)
             planned = epoch, [order[lo:hi] for lo, hi in zip([0, *stops[:-1]], stops, strict=True)]
-            self._planned = planned  # one assignment: the prefetching thread may be here too
+            self._planned = planned  # one assignment: the trainer's prefetching thread may be here too
         return planned[1]
 
     def num_batches(self, epoch: int) -> int:
@@ -150,37 +138,6 @@ class TrainLoader:
 
         return batch.replace(negatives=self.sampler(batch, self.seed, key, global_labels))
 
-    def iterate(
-        self, state: LoaderState | None = None, stop_epoch: int | None = None
-    ) -> Iterator[tuple[LoaderState, JaggedBatch]]:
-        """Batches from ``state`` on, through the epochs, each with the state that follows it.
-
-        A state with ``index == 0`` follows an epoch's last batch. Start again from a yielded state and the
-        same batches come as if nothing had happened.
-
-        Args:
-            state: Where to begin; ``None``: the beginning.
-            stop_epoch: First epoch that is not run; ``None``: without end.
-        """
-        places = self._places(state or LoaderState(), stop_epoch)
-        if self.prefetch < 1:
-            for here, after in places:
-                yield after, self.batch(here.epoch, here.index)
-            return
-        pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        waiting: deque[tuple[LoaderState, Future[JaggedBatch]]] = deque()
-        try:
-            for here, after in places:
-                waiting.append((after, pool.submit(self.batch, here.epoch, here.index)))
-                if len(waiting) > self.prefetch:
-                    ready, future = waiting.popleft()
-                    yield ready, future.result()
-            while waiting:
-                ready, future = waiting.popleft()
-                yield ready, future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
     def costs(self, users: np.ndarray) -> np.ndarray:
         """(n,) int64 cost of each user's row: causal pairs plus ``PAIRS_PER_TOKEN`` for each token."""
         tokens = self._tokens(users)
@@ -206,17 +163,6 @@ class TrainLoader:
         if stops and total - stops[-1] < self.world:
             stops.pop()
         return [*stops, total]
-
-    def _places(self, state: LoaderState, stop_epoch: int | None) -> Iterator[tuple[LoaderState, LoaderState]]:
-        epoch, index = state.epoch, state.index
-        while stop_epoch is None or epoch < stop_epoch:
-            count = self.num_batches(epoch)
-            while index < count:
-                last = index + 1 == count
-                after = LoaderState(epoch + 1, 0) if last else LoaderState(epoch, index + 1)
-                yield LoaderState(epoch, index), after
-                index += 1
-            epoch, index = epoch + 1, 0
 
 
 def deal(costs: np.ndarray, world: int) -> list[np.ndarray]:

@@ -122,7 +122,8 @@ def _train(
 def _baselines(config: RunConfig, ctx: ProcessContext, store: EventStore, split: Split, folder: Path) -> dict[str, Any]:
     tuned = tune_all(store, split, config.layout, config.evaluation.mask_seen, kinds=config.evaluation.baselines)
     for kind, best in tuned.items():
-        print(best.table(), flush=True)
+        size, value = len(best.rows), max((row["ndcg@10"] or 0.0) for row in best.rows)
+        print(f"{LABELS[kind]}: best of {size} on validation, ndcg@10 {value:.4f}: {best.setting}", flush=True)
         save_ranks(
             _rank(config, ctx, store, split.test, best.recommender, alone=True), folder / f"ranks_{kind}.parquet"
         )

@@ -16,7 +16,7 @@ def print_summary(results: dict[str, Any], run_dir: Path, console: Console | Non
     label, best = results["model"]["label"], results["ceiling"]
     table = Table(title=f"{results['name']}: {results['data']['test_targets']:,} test users, all "
                         f"{results['protocol']['num_candidates']:,} items ranked", title_justify="left")  # fmt: skip
-    for name in ("", "HR@10", "± 95 %", "NDCG@10", "MRR") + (("% of the best possible HR@10",) if best else ()):
+    for name in ("", "HR@10", "± 95 %", "NDCG@10", "MRR") + (("% of best",) if best else ()):
         table.add_column(name, justify="left" if not name else "right")
     rows = sorted(results["metrics"].items(), key=lambda row: -row[1]["hr@10"]["mean"])
     for name, metrics in rows:

@@ -402,8 +402,7 @@ class Trainer:
         begin = time.perf_counter()
         self.model.eval()
         try:
-            # Alone, evaluation is dropped at once on a stop (and done again on resume); others would wait for
-            # us.
+            # Alone, evaluation is dropped at once on a stop and done again on resume; others would wait for us.
             with torch.no_grad(), self._stop.interruptible(self.ctx.world == 1):
                 metrics = {name: float(value) for name, value in self.evaluate(self.model).items()}
         except Interrupted:
@@ -418,10 +417,13 @@ class Trainer:
         kept = state.best.update(state.step, metrics, selection)
         if kept:
             self._save_best()
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        brief = {selection.metric if selection else "", "hr@10", "ndcg@10"} & metrics.keys() or metrics.keys()
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in brief)
         star = "  best so far" if kept and selection is not None else ""
         took = format_time(time.perf_counter() - begin)
-        self._progress.note(f"epoch {state.epoch + 1}  step {state.step}  {shown}{star}  (evaluated in {took})")
+        self._progress.note(
+            f"epoch {state.epoch + 1}  step {state.step}  validation {shown}{star}  (evaluated in {took})"
+        )
         return True
 
     # Saving and resuming ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The loader gives one run: the same for any number of ranks, any resumption and any prefetching."""
+"""The loader gives one run: the same for any number of ranks, and any resumption."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gr.data.batch import JaggedBatch
 from gr.data.layout import LayoutConfig
-from gr.data.loader import BatchingConfig, EvalLoader, LoaderState, TrainLoader, deal
+from gr.data.loader import BatchingConfig, EvalLoader, TrainLoader, deal
 from gr.data.negatives import NegativesConfig, make_sampler
 from gr.data.split import LeaveOneOutConfig, Split, make_split
 from gr.data.store import EventStore, memory_store
@@ -123,33 +123,14 @@ def test_plans_depend_on_seed_and_epoch_alone(world) -> None:
     assert flat(loader(world), 0) != flat(loader(world, seed=2), 0)
 
 
-@pytest.mark.parametrize("prefetch", [0, 1, 5])
 @pytest.mark.parametrize("batching", BATCHINGS, ids=["sequences", "tokens"])
-def test_resuming_anywhere_gives_the_uninterrupted_batches(world, prefetch, batching) -> None:
+def test_a_batch_asked_for_alone_is_the_one_of_the_whole_run(world, batching) -> None:
     fields = {"batching": batching, "rank": 1, "world": 2}
-    whole = list(loader(world, **fields).iterate(stop_epoch=2))
-    per_epoch = [loader(world, **fields).num_batches(epoch) for epoch in range(2)]
-    assert len(whole) == sum(per_epoch)
-    assert whole[per_epoch[0] - 1][0] == LoaderState(1, 0) and whole[-1][0] == LoaderState(2, 0)
-    for cut in (0, 1, per_epoch[0] - 1, per_epoch[0] + 1):
-        start = LoaderState() if cut == 0 else whole[cut - 1][0]
-        again = list(loader(world, prefetch=prefetch, **fields).iterate(start, stop_epoch=2))
-        assert [state for state, _ in again] == [state for state, _ in whole[cut:]]
-        for (_, one), (_, two) in zip(again, whole[cut:], strict=True):
-            same(one, two)
-
-
-def test_iteration_goes_on_through_the_epochs_and_may_stop_at_any_time(world) -> None:
-    train = loader(world, prefetch=2)
-    states = [state for state, _ in itertools.islice(train.iterate(), 20)]
-    assert max(state.epoch for state in states) >= 2
-
-
-def test_an_error_in_the_background_reaches_the_caller(world, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = loader(world, prefetch=2)
-    monkeypatch.setattr(train, "batch", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        next(train.iterate())
+    whole = loader(world, **fields)
+    places = [(epoch, index) for epoch in range(2) for index in range(whole.num_batches(epoch))]
+    run = [whole.batch(*place) for place in places]
+    for place, one in reversed(list(zip(places, run, strict=True))):
+        same(one, loader(world, **fields).batch(*place))
 
 
 def test_a_given_step_keys_the_negatives(world) -> None:

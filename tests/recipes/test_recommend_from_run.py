@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny_runs import run_here
 
 from gr.errors import run_cli
 from gr.evaluation.saved_ranks import load_ranks
 from gr.inference.cli import main
 from gr.inference.load import load_run
 from gr.inference.recommend import recommend
+from tiny_runs import run_here
 
 
 @pytest.fixture(scope="module")
