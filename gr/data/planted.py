@@ -35,6 +35,7 @@ from gr.errors import UserError
 BLOCK = 1024  # users generated from one seed; part of the law: user u is the same in a log of any size
 YEAR = 360 * 86400
 EPOCH_START = 1_600_000_000
+CAVEAT = "generated data: it shows that a model learns what there is to learn, not how it fares with real users"
 TOPIC_WORDS = (
     "Noir", "Space", "Jazz", "Garden", "Chess", "Ocean", "Baking", "Trail", "Opera", "Robots", "Poetry", "Racing",
     "Castles", "Winter", "Magic", "Cinema",
@@ -309,7 +310,8 @@ class Planted:
         """Writes the store; memory holds ``BLOCK`` users at a time."""
         cfg = self.cfg
         items = pa.table({"item_id": pa.array(np.arange(cfg.num_items)), "title": item_titles(cfg)})
-        write_store(folder, self._chunks(), items, {"source": "planted", "num_actions": 2 if cfg.actions else 0})
+        manifest = {"source": "planted", "num_actions": 2 if cfg.actions else 0, "caveats": [CAVEAT]}
+        write_store(folder, self._chunks(), items, manifest)
 
     def _chunks(self) -> Iterator[Chunk]:
         first = 0
