@@ -3,7 +3,7 @@
     python -m benchmarks.train.run [--repeats 7] [--steps 20] [--providers hstu sasrec] [--json out.jsonl]
 
 Every repeat times ``--steps`` steps of each provider in turn (same batches), so that a machine that slows down slows
-all of them. What is compared with the first provider is the ratio within a repeat: median, and smallest and largest. On a
+all of them. What is compared with the first provider is the ratio within a repeat: median, smallest and largest. On a
 CPU absolute figures mean little and none is printed. Excluded: reading data, evaluation, saving.
 """
 

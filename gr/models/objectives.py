@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -17,11 +17,21 @@ from gr.config import Registry
 from gr.data.batch import JaggedBatch
 from gr.data.negatives import NegativesConfig
 from gr.errors import UserError
+from gr.modules.similarity import Similarity
 
-if TYPE_CHECKING:
-    from gr.models.retrieval import RetrievalModel
 
-ObjectiveFunction = Callable[["RetrievalModel", Tensor, dict[str, Tensor], JaggedBatch], Tensor]
+class Scorer(Protocol):
+    """What an objective may ask of a model."""
+
+    num_items: int
+    similarity: Similarity
+
+    def logits(self, query: Tensor, item_range: tuple[int, int]) -> Tensor:
+        """(S, hi - lo) scores of queries (S, D)."""
+        ...
+
+
+ObjectiveFunction = Callable[[Scorer, Tensor, dict[str, Tensor], JaggedBatch], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +97,7 @@ def _collision(batch: JaggedBatch) -> Tensor:
 
 
 def _full_softmax(cfg: FullSoftmaxConfig) -> ObjectiveFunction:
-    def run(model: RetrievalModel, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
+    def run(model: Scorer, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
         logits = model.logits(query, (0, model.num_items))
         return losses.full_softmax(logits, batch.labels.item_id)
 
@@ -95,7 +105,7 @@ def _full_softmax(cfg: FullSoftmaxConfig) -> ObjectiveFunction:
 
 
 def _sampled(cfg: SampledSoftmaxConfig | InBatchConfig) -> ObjectiveFunction:
-    def run(model: RetrievalModel, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
+    def run(model: Scorer, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
         drawn = batch.negatives
         return losses.sampled_softmax(
             query,
@@ -111,7 +121,7 @@ def _sampled(cfg: SampledSoftmaxConfig | InBatchConfig) -> ObjectiveFunction:
 
 
 def _bce(cfg: BCEConfig) -> ObjectiveFunction:
-    def run(model: RetrievalModel, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
+    def run(model: Scorer, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
         return losses.binary_cross_entropy(
             query, vectors["label"], vectors["negative"], scale=model.similarity.scale, collision=_collision(batch)
         )

@@ -204,6 +204,18 @@ def test_a_log_without_times_and_a_time_bias_are_one_sentence(tmp_path):
     assert "no times" in (tmp_path / "runs" / "blind" / "report.html").read_text()
 
 
+def test_ids_that_no_float_can_hold_come_back_from_a_run_as_they_went_in(tmp_path):
+    base = 2**53 + 1  # float64 would round it, int32 and float32 would lose it altogether
+    rows = [f"{base + 2 * u},{base + 2 * ((u + p) % 9)},{1_600_000_000 + 60 * p}" for u in range(12) for p in range(6)]
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+    results = run_here(tmp_path, data={"kind": "table", "path": str(tmp_path / "log.csv")})
+    wanted = {str(base + 2 * i) for i in range(9)}
+    for example in results["examples"]:
+        assert {row["title"] for row in example["recommended"]} == wanted
+        assert set(example["history"]) | {example["target"]} <= wanted
+    assert results["data"]["items"] == 9 and results["data"]["users"] == 12
+
+
 def test_weights_on_disk_are_the_weights_that_were_judged(finished):
     folder, results = finished
     cfg = config(folder)
