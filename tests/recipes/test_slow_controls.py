@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny_runs import ROOT
 
 from gr import config as configs
 from gr.distributed.process import ProcessContext
@@ -17,6 +16,7 @@ from gr.training.assemble import assemble, eval_loader, open_data, train_loader
 from gr.training.phase import Phase
 from gr.training.run_config import RunConfig
 from gr.training.trainer import Trainer
+from tiny_runs import ROOT
 
 ALONE = ProcessContext()
 
