@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.readme import render
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -78,3 +80,8 @@ def test_make_targets_expand_to_what_readme_says(target):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_figures_are_those_that_were_measured():
+    """`python -m benchmarks.readme` writes them; a hand that changes one is noticed here."""
+    assert render(README) == README
