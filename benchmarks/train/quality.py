@@ -45,7 +45,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
 }
-RATES = (0.001, 0.002, 0.004, 0.008)
+RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
 TUNING_SEED = 100
 
 
