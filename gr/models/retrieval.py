@@ -5,6 +5,7 @@ It knows nothing of parallelism. One look-up a step serves tokens, labels and ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -40,7 +41,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.dim < 1:
             raise UserError(f"dim is {self.dim}; it must be at least 1")
-        if self.table_init_std <= 0:
+        if not 0 < self.table_init_std < math.inf:
             raise UserError(f"table_init_std is {self.table_init_std}; it must be positive")
 
 

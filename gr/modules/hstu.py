@@ -9,6 +9,7 @@ preset's value.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from gr import flops
 from gr.config import runtime
 from gr.errors import UserError
-from gr.kernels.hstu_attention import Mask, RelativeBias, hstu_attention, visible_pairs
+from gr.kernels.hstu_attention import Mask, RelativeBias, choose_backend, hstu_attention, visible_pairs
 
 NORM_EPS = 1e-6
 
@@ -61,7 +62,7 @@ class HSTUConfig:
         contextual_mask: Contextual tokens see each other and all history. The reference's shipped production
             model leaves this off, so there they are ordinary causal tokens.
         backend: Of the attention operator.
-        deterministic: The same bits in every run.
+        deterministic: The same bits in every run; on a GPU the reference backend refuses it.
     """
 
     kind: str = "hstu"
@@ -102,6 +103,8 @@ class HSTUConfig:
         for name in ("num_layers", "num_heads", "dim_qk", "dim_v", "num_time_buckets"):
             if getattr(self, name) < 1:
                 raise UserError(f"encoder.{name} must be at least 1, got {getattr(self, name)}")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise UserError(f"encoder.alpha must be a finite number, got {self.alpha}")
         for name in ("window", "full_tail", "target_group"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -110,7 +113,7 @@ class HSTUConfig:
             raise UserError("encoder.full_tail has no effect without encoder.window; set a window or leave it out")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"encoder.dropout must be in [0, 1), got {self.dropout}")
-        if isinstance(self.divisor, int | float) and not self.divisor > 0:
+        if isinstance(self.divisor, int | float) and not 0 < self.divisor < math.inf:
             raise UserError(f"encoder.divisor must be positive, 'visible' or 'length', got {self.divisor}")
         if self.activated is not None and (
             not set(self.activated) <= set("uvqk") or len(set(self.activated)) < len(self.activated)
@@ -263,6 +266,10 @@ class HSTU(nn.Module):
 
     def __init__(self, config: HSTUConfig, dim: int, max_tokens: int) -> None:
         super().__init__()
+        try:
+            choose_backend(config.backend)
+        except ValueError as error:
+            raise UserError(f"encoder.backend: {error}") from None
         self.config = resolve(config, max_tokens)
         self.dim, self.max_tokens = dim, max_tokens
         self.layers = nn.ModuleList(HSTULayer(self.config, dim, max_tokens) for _ in range(config.num_layers))

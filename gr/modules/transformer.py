@@ -29,8 +29,9 @@ class TransformerConfig:
         ffn_dim: Hidden width of the feed-forward part; None is the model width, as in SASRec.
         dropout: On attention probabilities and twice in the feed-forward part.
         activation: Of the feed-forward part.
-        block: "sasrec": the query alone is normalised, and the residuals start from the normalised vectors;
-            "pre_norm": the usual ``x + f(norm(x))``.
+        block: "sasrec": the query alone is normalised (without weight and bias), the residuals start from the
+            normalised vectors, and weights start as in the HSTU reference's SASRec; "pre_norm": the usual
+            ``x + f(norm(x))`` with affine norms.
         final_norm: A last LayerNorm over the output.
         norm_eps: Of every LayerNorm.
     """
@@ -49,6 +50,10 @@ class TransformerConfig:
         for name in ("num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"encoder.{name} must be at least 1, got {getattr(self, name)}")
+        if self.ffn_dim is not None and self.ffn_dim < 1:
+            raise UserError(f"encoder.ffn_dim must be at least 1, or null for the model width, got {self.ffn_dim}")
+        if not self.norm_eps > 0:
+            raise UserError(f"encoder.norm_eps must be positive, got {self.norm_eps}")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"encoder.dropout must be in [0, 1), got {self.dropout}")
 
@@ -89,16 +94,21 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.config = config
         hidden = config.ffn_dim or dim
-        self.attention_norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        sasrec = config.block == "sasrec"
+        self.attention_norm = nn.LayerNorm(dim, eps=config.norm_eps, elementwise_affine=not sasrec)
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
-        self.ffn_norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.ffn_norm = nn.LayerNorm(dim, eps=config.norm_eps, elementwise_affine=not sasrec)
         self.ffn_in = nn.Linear(dim, hidden)
         self.ffn_out = nn.Linear(hidden, dim)
         for linear in (self.query, self.key_value, self.out, self.ffn_in, self.ffn_out):
             nn.init.xavier_normal_(linear.weight)
-            nn.init.zeros_(linear.bias)
+            if not (sasrec and linear in (self.ffn_in, self.ffn_out)):  # there: torch's own bias
+                nn.init.zeros_(linear.bias)
+        if sasrec:  # the reference initialises Q, K and V as one (3D, D) matrix
+            for linear in (self.query, self.key_value):
+                nn.init.normal_(linear.weight, std=(2.0 / (4 * dim)) ** 0.5)
 
     def forward(self, x: Tensor, padding: _Padding) -> Tensor:
         normed = self.attention_norm(x)

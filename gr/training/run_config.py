@@ -83,3 +83,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise UserError(f"name is {self.name!r}; a run's name is letters, digits, '.', '_' and '-'")
+        if getattr(self.model.encoder, "causal", True) is False:
+            raise UserError(
+                "model.encoder.causal is false; every position of these layouts is supervised by the event after it, "
+                "which a non-causal encoder would read; it must be true"
+            )

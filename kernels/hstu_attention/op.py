@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -41,7 +42,8 @@ def hstu_attention(
             empty.
         kv_offsets: The same for keys and values, in the delta form: the queries are then the last rows of
             each sequence. None: the queries are the keys' own rows.
-        max_seq_len: At least the longest sequence of keys. A host integer; it never enters the result.
+        max_seq_len: At least the longest sequence of keys. A host integer; it never enters the result. Where it is
+            smaller the result is undefined (off the CPU that is not checked).
         divisor: What a query's sum is divided by: a number, ``(B,)``, ``(T_q,)``, or "visible", the number of
             keys that the query sees (at least 1). A tensor with B = T_q entries is read as ``(B,)``. Beware
             of a sequence's own length: it tells each position how long its future is.
@@ -49,7 +51,7 @@ def hstu_attention(
         mask: Which pairs are seen; None is causal.
         bias: Relative attention bias, or None.
         deterministic: Ask for the same bits in every run, gradients included. The reference on a CPU always
-            is.
+            gives them, and refuses elsewhere.
         backend: "auto" or a name in ``BACKENDS``. "auto" takes the environment variable GR_HSTU_BACKEND if
             set.
 
@@ -65,6 +67,8 @@ def hstu_attention(
     _check_mask(mask, q_offsets)
     _check_bias(bias, q, k)
     _check_divisor(divisor, q, q_offsets)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha!r}")
     if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 0:
         raise ValueError(f"max_seq_len must be an integer >= 0, got {max_seq_len!r}")
     if q_offsets.device.type == "cpu":
@@ -72,19 +76,22 @@ def hstu_attention(
         if kv_offsets is not None:
             _check_offsets("kv_offsets", kv_offsets, k.shape[0])
         _check_lengths(q_offsets, kv_offsets, max_seq_len, mask)
+    if deterministic and q.device.type != "cpu":
+        raise ValueError("deterministic must be False off the CPU: the reference adds table gradients atomically there")
     assert choose_backend(backend) == "reference"
-    return hstu_attention_reference(
-        q,
-        k,
-        v,
-        q_offsets,
-        kv_offsets,
-        max_seq_len=max_seq_len,
-        divisor=divisor,
-        alpha=alpha,
-        mask=mask,
-        bias=bias,
-    )
+    with torch.autocast(q.device.type, enabled=False):  # the dtype of q decides, not the surroundings
+        return hstu_attention_reference(
+            q,
+            k,
+            v,
+            q_offsets,
+            kv_offsets,
+            max_seq_len=max_seq_len,
+            divisor=divisor,
+            alpha=alpha,
+            mask=mask,
+            bias=bias,
+        )
 
 
 def choose_backend(backend: str = "auto") -> str:
@@ -103,7 +110,11 @@ def choose_backend(backend: str = "auto") -> str:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor | None) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+    named = (("q", q), ("k", k), ("v", v), ("q_offsets", q_offsets), ("kv_offsets", kv_offsets))
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor) and (name != "kv_offsets" or tensor is not None):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    for name, tensor in named[:3]:
         if tensor.dim() != 3:
             raise ValueError(f"{name} must have shape (T, H, d), got {tuple(tensor.shape)}")
         if not tensor.is_floating_point() or tensor.dtype != q.dtype:
@@ -138,6 +149,8 @@ def _check_mask(mask: Mask, q_offsets: Tensor) -> None:
         counts = getattr(mask, name)
         if counts is None:
             continue
+        if not isinstance(counts, Tensor):
+            raise ValueError(f"mask.{name} must be a tensor of ({batch},) integers, got {type(counts).__name__}")
         if counts.shape != (batch,) or counts.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"mask.{name} must be ({batch},) integers, got {tuple(counts.shape)} of {counts.dtype}")
         if counts.device != q_offsets.device:
@@ -182,10 +195,14 @@ def _check_divisor(divisor: Divisor, q: Tensor, q_offsets: Tensor) -> None:
                 f"divisor must be a number, ({batch},), ({q.shape[0]},) or 'visible', "
                 f"got {tuple(divisor.shape)} on {divisor.device}"
             )
+        if divisor.dtype == torch.bool or divisor.is_complex():
+            raise ValueError(f"divisor must hold real numbers, got {divisor.dtype}")
+        if divisor.device.type == "cpu" and not bool((divisor.isfinite() & (divisor > 0)).all()):
+            raise ValueError("divisor must hold positive finite numbers only")
     elif isinstance(divisor, str):
         if divisor != "visible":
             raise ValueError(f"divisor must be a number, a tensor or 'visible', got {divisor!r}")
-    elif isinstance(divisor, bool) or not isinstance(divisor, int | float) or not divisor > 0:
+    elif isinstance(divisor, bool) or not isinstance(divisor, int | float) or not 0 < divisor < math.inf:
         raise ValueError(f"divisor must be a positive number, a tensor or 'visible', got {divisor!r}")
 
 

@@ -206,8 +206,15 @@ def time_bucket(seconds: Tensor, width: float, num_buckets: int) -> Tensor:
     Returns:
         int32 of the same shape.
     """
-    edges = torch.tensor(_bucket_edges(width, num_buckets), dtype=torch.int64, device=seconds.device)
+    edges = _edge_tensor(width, num_buckets, seconds.device)
     return torch.bucketize(seconds.abs(), edges, right=True, out_int32=True)
+
+
+@cache
+def _edge_tensor(width: float, num_buckets: int, device: torch.device) -> Tensor:
+    """Made once: a copy to a GPU from pageable memory in each forward would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(_bucket_edges(width, num_buckets), dtype=torch.int64, device=device)
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -223,10 +230,11 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
 
 def _time_buckets(bias: RelativeBias, queries: _Rows, keys: _Rows, q_slots: Tensor, k_slots: Tensor) -> Tensor:
     num_buckets = bias.time_table.shape[-1]
-    # Identity and version of everything the buckets depend on: a stale entry can never be taken.
+    # Identity and version of everything the buckets depend on. (Inference tensors have no version: whoever changes
+    # one in place must make a new RelativeBias, as HSTU does for each forward.)
     inputs = (bias.query_times, bias.key_times, queries.offsets, keys.offsets)
     versions = ((id(t), None if t.is_inference() else t._version) for t in inputs)
-    key = (num_buckets, bias.bucket_width, *versions)
+    key = (num_buckets, bias.bucket_width, queries.width, keys.width, *versions)
     found = bias.scratch.get("time_buckets")
     if found is None or found[0] != key:
         seconds = (
