@@ -26,6 +26,16 @@ def arguments(**changes):
 
 
 BAD = [
+    ("q ", {"q": None}),
+    ("q_offsets", {"q_offsets": [0, 2, 5]}),
+    ("alpha", {"alpha": None}),
+    ("alpha", {"alpha": float("nan")}),
+    ("alpha", {"alpha": torch.rand(5, 1, 1)}),
+    ("divisor", {"divisor": float("inf")}),
+    ("divisor", {"divisor": torch.tensor([1.0, 0.0])}),
+    ("divisor", {"divisor": torch.tensor([True, True])}),
+    ("divisor", {"divisor": torch.tensor([1j, 1.0])}),
+    ("mask.num_targets", {"mask": Mask(num_targets=[1, 1])}),
     ("q ", {"q": torch.zeros(5, 6)}),
     ("k ", {"k": torch.zeros(5, 1, 3)}),
     ("k ", {"k": torch.zeros(5, 2, 4)}),
@@ -92,3 +102,11 @@ def test_backend_is_the_argument_else_the_environment_else_auto(monkeypatch):
     assert choose_backend("reference") == "reference"
     with pytest.raises(ValueError, match="environment variable GR_HSTU_BACKEND must be one of auto, reference"):
         choose_backend()
+
+
+def test_low_precision_inputs_keep_their_dtype_under_autocast():
+    """The dtype of q decides; bf16 autocast around it does not."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert hstu_attention(**arguments()).dtype == torch.float32
+        half = {name: arguments()[name].bfloat16() for name in "qkv"}
+        assert hstu_attention(**arguments(**half)).dtype == torch.bfloat16

@@ -56,11 +56,24 @@ def test_jagged_equals_each_sequence_by_itself(block, targets):
         start += n
 
 
-def test_number_of_parameters_is_that_of_the_formula():
+@pytest.mark.parametrize(("block", "norms"), [("sasrec", 0), ("pre_norm", 2)])
+def test_number_of_parameters_is_that_of_the_formula(block, norms):
     dim, hidden = 12, 20
-    model = build_transformer(TransformerConfig(num_layers=3, num_heads=4, ffn_dim=hidden, final_norm=True), dim, 99)
-    block = 4 * (dim * dim + dim) + 2 * 2 * dim + dim * hidden + hidden + hidden * dim + dim
-    assert sum(p.numel() for p in model.parameters()) == 3 * block + 2 * dim
+    config = TransformerConfig(num_layers=3, num_heads=4, ffn_dim=hidden, final_norm=True, block=block)
+    model = build_transformer(config, dim, 99)
+    each = 4 * (dim * dim + dim) + norms * 2 * dim + dim * hidden + hidden + hidden * dim + dim
+    assert sum(p.numel() for p in model.parameters()) == 3 * each + 2 * dim
+
+
+def test_sasrec_starts_as_in_the_reference():
+    """Q, K and V as one (3D, D) Xavier matrix, std sqrt(2 / 4D); biases of the feed-forward part are torch's own."""
+    torch.manual_seed(0)
+    dim = 256
+    block = build_transformer(TransformerConfig(num_layers=1), dim, 99).layers[0]
+    for weight in (block.query.weight, block.key_value.weight):
+        assert weight.std().item() == pytest.approx((2 / (4 * dim)) ** 0.5, rel=0.02)
+    assert block.query.bias.eq(0).all() and block.out.bias.eq(0).all()
+    assert 0.5 * dim**-0.5 < block.ffn_in.bias.abs().max() <= dim**-0.5
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
@@ -68,7 +81,9 @@ def test_heads_that_do_not_divide_the_width_are_refused():
         build_transformer(TransformerConfig(num_heads=4), 50, 99)
 
 
-@pytest.mark.parametrize(("field", "value"), [("num_layers", 0), ("num_heads", 0), ("dropout", 1.0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_layers", 0), ("num_heads", 0), ("dropout", 1.0), ("ffn_dim", 0), ("norm_eps", 0.0)]
+)
 def test_an_impossible_value_names_the_field(field, value):
     with pytest.raises(UserError, match=f"encoder.{field}"):
         TransformerConfig(**{field: value})

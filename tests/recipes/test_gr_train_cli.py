@@ -110,6 +110,9 @@ def test_a_full_disk_during_a_save_is_one_sentence_and_the_last_checkpoint_stays
         (("tiny.yaml", "--data.num_users", "many"), "data.num_users is 'many'"),
         (("tiny.yaml", "--layout.kind", "added"), "reads actions"),
         (("nonsense",), "'nonsense' is not a config"),
+        (("tiny.yaml", "--model.encoder.causal", "false"), "model.encoder.causal is false"),
+        (("tiny.yaml", "--model.encoder.backend", "triton"), "encoder.backend: backend must be one of auto, reference"),
+        (("tiny.yaml", "--model.encoder.alpha", ".nan"), "encoder.alpha must be a finite number"),
     ],
 )
 def test_each_mistake_is_one_sentence_and_exit_status_2(tmp_path, capsys, monkeypatch, arguments, words):
