@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,10 +19,14 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
         argv: Arguments; defaults to ``sys.argv[1:]``.
 
     Returns:
-        The process exit status: 0 done, 2 for a user's mistake. Other exceptions keep their traceback.
+        The process exit status: 0 done, 2 for a user's mistake, 130 for Ctrl-C. Other exceptions keep their traceback.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")  # other ranks mostly repeat what rank 0 says, but not always
+        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        return 130

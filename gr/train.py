@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gr import config as configs
 from gr.errors import UserError, run_cli
 
+if TYPE_CHECKING:
+    from gr.training.run_config import RunConfig
+
+STATUS_VARIABLE = "GR_STATUS_FILE"
 USAGE = """usage: gr-train CONFIG [--field value ...]
 
   CONFIG            a YAML file; configs/ holds the ones that come with hstu-gr
@@ -25,21 +32,32 @@ def main(argv: list[str]) -> int:
     from gr.distributed.process import process
     from gr.recipes.retrieval import run
     from gr.recipes.summary import print_summary
-    from gr.training.run_config import RunConfig
 
-    path, overrides = find_config(argv[0]), argv[1:]
-    printing = "--print-config" in overrides
-    config = configs.load(RunConfig, path, [word for word in overrides if word != "--print-config"])
-    if printing:
+    config = load_config(argv)
+    if "--print-config" in argv:
         print(configs.dump(config), end="")
         return 0
-    with process(config.device) as ctx:
-        results: dict[str, Any] | None = run(config, ctx, ["gr-train", *argv])
-        if results is None:
-            return 0
-        if ctx.is_main:
-            print_summary(results, Path(config.runs) / config.name)
-        return 1 if results["audit"] else 0
+    # Training has handlers of its own, which save first; in all other stages what is done is on disk already.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with process(config.device) as ctx:
+            results: dict[str, Any] | None = run(config, ctx, ["gr-train", *argv])
+            if results is None:
+                return 0
+            if ctx.is_main:
+                print_summary(results, Path(config.runs) / config.name)
+            return 1 if results["audit"] else 0
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last finished stage", file=sys.stderr, flush=True)
+        return 0
+
+
+def load_config(argv: list[str]) -> RunConfig:
+    """The config that the arguments of ``gr-train`` name."""
+    from gr.training.run_config import RunConfig
+
+    overrides = [word for word in argv[1:] if word != "--print-config"]
+    return configs.load(RunConfig, find_config(argv[0]), overrides)
 
 
 def find_config(name: str) -> Path:
@@ -56,8 +74,12 @@ def find_config(name: str) -> Path:
 
 
 def cli() -> int:
-    """Console entry point."""
-    return run_cli(main)
+    """Console entry point; leaves its status where a launcher asks for it."""
+    status = run_cli(main)
+    place = os.environ.get(STATUS_VARIABLE)
+    if place and os.environ.get("RANK", "0") == "0":
+        Path(place).write_text(str(status))
+    return status
 
 
 if __name__ == "__main__":

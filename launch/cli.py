@@ -12,11 +12,11 @@ import argparse
 import os
 import shlex
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 from gr.errors import UserError, run_cli
 from gr.launch import torchrun
+from gr.train import load_config
 
 LAUNCHERS = ("torchrun",)
 
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; on a real launch it does not return.
+    """Checks the config, as each process would, and runs the command.
 
     Raises:
         UserError: Unknown launcher, bad option, or no such config file.
@@ -50,8 +50,7 @@ def main(argv: list[str]) -> int:
     if launcher not in LAUNCHERS:
         raise UserError(f"gr-launch: unknown launcher {launcher!r}; there is {', '.join(LAUNCHERS)}")
     options = _parser().parse_args(rest)
-    if not Path(options.config).is_file():
-        raise UserError(f"{options.config}: no such config file; give the path of a run's YAML file")
+    load_config([options.config, *options.overrides])  # a mistake is told once, here, and not by every process
     command = torchrun.build(
         options.config,
         options.overrides,
@@ -62,8 +61,7 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         print(f"OMP_NUM_THREADS={command.env['OMP_NUM_THREADS']} {shlex.join(command.argv)}")
         return 0
-    torchrun.execute(command)
-    raise AssertionError("execute replaces the process")
+    return torchrun.execute(command)
 
 
 def cli() -> int:

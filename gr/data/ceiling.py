@@ -105,7 +105,12 @@ def expected_metrics(probabilities: np.ndarray, ks: tuple[int, ...]) -> dict[str
 
 
 def ceiling(
-    store: EventStore, cfg: PlantedConfig, targets: Targets, ks: tuple[int, ...], see_times: bool = True
+    store: EventStore,
+    cfg: PlantedConfig,
+    targets: Targets,
+    ks: tuple[int, ...],
+    see_times: bool = True,
+    mask_seen: bool = False,
 ) -> dict[str, float]:
     """Mean expected metrics of the best ranker over some targets of a planted log.
 
@@ -115,6 +120,7 @@ def ceiling(
         targets: Held-out events.
         ks: Cut-offs.
         see_times: As in ``predictive``.
+        mask_seen: Items of the history cannot be recommended: nobody hits a target that was seen before.
 
     Returns:
         ``hr@K``, ``ndcg@K`` and ``mrr``.
@@ -135,6 +141,8 @@ def ceiling(
             times[start + length],
             see_times,
         )
+        if mask_seen:
+            probabilities[np.repeat(np.arange(len(length)), length), store.columns["item_id"][events]] = 0.0
         for name, values in expected_metrics(probabilities, ks).items():
             parts.setdefault(name, []).append(values)
     return {name: float(np.concatenate(values).mean()) for name, values in parts.items()}

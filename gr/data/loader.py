@@ -1,4 +1,7 @@
-"""Batches, resumable to the exact one and the same for every number of ranks.
+"""Batches, resumable to the exact one, and for every number of ranks the same global ones.
+
+(Two exceptions: a last batch with fewer users than ranks joins the one before it, and under a token budget a batch
+holds at least one user a rank.)
 
 An epoch's plan is a pure function of (seed, epoch): users in a keyed order, cut into *global* batches. Every
 rank computes it and takes its part of each batch, dealt so that ranks carry like costs; the union over ranks

@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class ProcessContext:
     world: How many processes train together.
     local_rank: This process among those of its machine.
     device: Where the model and the batches live.
+    patient: A group whose collectives may wait for days: for ranks that wait while one works alone.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
+    patient: Any = field(default=None, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -79,6 +81,8 @@ def start(
             timeout=datetime.timedelta(seconds=timeout_s),
             device_id=chosen if chosen.type == "cuda" else None,
         )
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+        return ProcessContext(rank, world, local_rank, chosen, patient)
     return ProcessContext(rank, world, local_rank, chosen)
 
 
@@ -189,3 +193,14 @@ def all_gather_object(value: Any, ctx: ProcessContext) -> list[Any]:
     gathered: list[Any] = [None] * ctx.world
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def raise_together(error: UserError | None, ctx: ProcessContext) -> None:
+    """Raises on every rank the first ``UserError`` that any rank has; waits as long as the slowest rank takes."""
+    message = None if error is None else str(error)
+    if ctx.world > 1:
+        messages: list[Any] = [None] * ctx.world
+        dist.all_gather_object(messages, message, group=ctx.patient)
+        message = next((found for found in messages if found is not None), None)
+    if message is not None:
+        raise UserError(message)

@@ -23,12 +23,13 @@ KS = (1, 5, 10, 50)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over targets with its standard error and normal 95 % interval, cut to [0, 1]."""
+    """A mean over ``num`` users with its standard error and normal 95 % interval, cut to [0, 1]."""
 
     mean: float
     se: float
     low: float
     high: float
+    num: int
 
     def to_dict(self) -> dict[str, float]:
         """Plain data for ``results.json``."""
@@ -84,7 +85,7 @@ def estimate(values: np.ndarray, user: np.ndarray) -> Estimate:
         se = 0.5  # one user says nothing of the spread: the widest that [0, 1] allows
     else:
         se = float(np.sqrt(len(residual) / (len(residual) - 1) * np.square(residual).sum()) / len(values))
-    return Estimate(mean, se, max(0.0, mean - 1.96 * se), min(1.0, mean + 1.96 * se))
+    return Estimate(mean, se, max(0.0, mean - 1.96 * se), min(1.0, mean + 1.96 * se), len(residual))
 
 
 def summarise(ranks: Ranks, ks: tuple[int, ...] = KS) -> dict[str, Estimate]:

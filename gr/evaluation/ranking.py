@@ -79,7 +79,8 @@ def rank_targets(
             ``user`` and ``position``, (n,) int64, and ``loader.store`` is the log, the source of targets and
             of what was seen.
         mask_seen: Whether items of the user's log before the target (all of it, also what a batch cuts off)
-            leave the candidates. The target itself never does, even when it was seen.
+            leave the candidates: they would not be shown. A target that was seen before is then a miss, ranked
+            behind all candidates (freeing it alone from the mask would tell the model which item it is).
         block: Items scored at a time, fewer with a ``scorer``, for which a further block costs little.
         device: Where batches are moved to; ``None`` leaves them where they are.
         gather: Collects a list from every process of a job into a list of such lists; ``None``: one process.
@@ -106,11 +107,17 @@ def rank_targets(
     with _evaluating(recommender), torch.no_grad():
         for rows, batch in loader:
             rows = np.arange(len(user))[rows] if isinstance(rows, slice) else np.asarray(rows)
-            masked = _seen(store, user[rows], position[rows], truth[rows]) if mask_seen else None
+            masked, missed, candidates = None, None, np.full(len(rows), store.num_items)
+            if mask_seen:
+                row, item = seen_pairs(store, user[rows], position[rows])
+                own = item == truth[rows][row]
+                masked, missed = (row[~own], item[~own]), row[own]
+                candidates -= np.bincount(masked[0], minlength=len(rows))
             batch = batch if device is None else batch.to(device)
             better, tied = _count(recommender, batch, truth[rows], masked, block, name)
-            hidden = 0 if masked is None else np.bincount(masked[0], minlength=len(rows))
-            found.append(np.stack([rows, better, tied, store.num_items - hidden + np.zeros_like(rows)]))
+            if missed is not None:
+                better[missed], tied[missed] = candidates[missed] - 1, 0
+            found.append(np.stack([rows, better, tied, candidates]))
     counts = np.concatenate(found, axis=1) if found else np.zeros((4, 0), dtype=np.int64)
     if gather is not None:
         counts = np.concatenate([part for parts in gather([counts]) for part in parts], axis=1)
@@ -132,15 +139,20 @@ def _evaluating(recommender: Any) -> Iterator[None]:
             recommender.train()
 
 
-def _seen(store: Any, user: np.ndarray, position: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct (row, item) pairs of each row's events before its position, less its target, (m,) each."""
+def seen_pairs(store: Any, user: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct (row, item) pairs of each row's events before its position; two (m,) int64, sorted."""
     row = np.repeat(np.arange(len(user)), position)
     starts = np.cumsum(position) - position
     event = np.arange(len(row)) - starts[row] + np.asarray(store.offsets)[user][row]
-    item = np.asarray(store.columns["item_id"])[event]
-    keep = item != target[row]
-    pair = np.unique(row[keep] * np.int64(store.num_items) + item[keep])
+    pair = np.unique(row * np.int64(store.num_items) + np.asarray(store.columns["item_id"])[event])
     return pair // store.num_items, pair % store.num_items
+
+
+def seen_mask(store: Any, user: np.ndarray, position: np.ndarray) -> Tensor:
+    """The same as a (B, V) bool, the ``exclude`` of ``Recommender.recommend``."""
+    mask = torch.zeros(len(user), store.num_items, dtype=torch.bool)
+    mask[seen_pairs(store, user, position)] = True
+    return mask
 
 
 def _count(

@@ -18,7 +18,7 @@ from gr.data.loader import EvalLoader
 from gr.data.split import Split, Targets
 from gr.data.store import EventStore
 from gr.errors import UserError
-from gr.evaluation.baselines import BASELINES, GRIDS, CountingRecommender, TrainingStatistics, fit, setting
+from gr.evaluation.baselines import BASELINES, GRIDS, LABELS, CountingRecommender, TrainingStatistics, fit, setting
 from gr.evaluation.metrics import per_target
 from gr.evaluation.ranking import rank_targets
 
@@ -50,6 +50,15 @@ class Tuned:
     def setting(self) -> str:
         """The chosen setting in words."""
         return setting(self.config)
+
+    def headline(self) -> str:
+        """One line: what was chosen, on what."""
+        label, value = LABELS[self.kind], max((row[METRIC] or 0.0) for row in self.rows)
+        if self.rows[0][METRIC] is None:
+            return f"{label}: no validation split, so its default is used: {self.setting}"
+        if len(self.rows) == 1:
+            return f"{label}: validation {METRIC} {value:.4f}"
+        return f"{label}: best of {len(self.rows)} settings, validation {METRIC} {value:.4f}: {self.setting}"
 
     def table(self) -> str:
         """The grid as text, best first, with what it was chosen on."""

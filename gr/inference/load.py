@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gr import config as configs
 from gr.data.layout import LayoutConfig
-from gr.data.split import Split
-from gr.data.store import EventStore
+from gr.data.split import Split, make_split
+from gr.data.store import EventStore, read_store
 from gr.errors import UserError
 from gr.models.recommender import Recommender
-from gr.training.checkpoint import find_checkpoint, load_torch
+from gr.training.checkpoint import find_checkpoint
 from gr.training.run_folder import RunFolder
+from gr.training.trainer import load_weights
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def load_run(run_dir: str | Path, cache_dir: str | Path | None = None, device: s
     Raises:
         UserError: No such folder, no finished model in it, or weights that do not fit the config.
     """
-    from gr.training.assemble import assemble, open_data
+    from gr.training.assemble import assemble
     from gr.training.run_config import RunConfig
 
     folder = RunFolder(resolve_run(run_dir))
@@ -95,26 +95,31 @@ def load_run(run_dir: str | Path, cache_dir: str | Path | None = None, device: s
         raise UserError(f"run folder {folder.path} has no config.yaml, so gr-train did not write it")
     weights = find_weights(folder.path)  # before the data are prepared, which may take long
     config = configs.load(RunConfig, folder.config)
-    store, split = open_data(config, None if cache_dir is None else str(cache_dir))
+    store, split = _data(folder, config, cache_dir)
     model = assemble(config, store, split)
     load_weights(model, weights)
     return Loaded(config, store, split, config.layout, model.to(device).eval(), device)
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Loads a checkpoint's ``model`` entry.
+def _data(folder: RunFolder, config: Any, cache_dir: str | Path | None) -> tuple[EventStore, Split]:
+    """The very log of the run: from where it was prepared, or prepared again and compared."""
+    from gr.training.assemble import open_data
 
-    Raises:
-        UserError: Damaged, without weights, or of another model.
-    """
-    payload = load_torch(path, "cpu")
-    if not isinstance(payload, dict) or not isinstance(payload.get("model"), dict):
-        raise UserError(f"{path} holds no model weights; delete it and run gr-train again")
     try:
-        model.load_state_dict(payload["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        known = json.loads(folder.data.read_text(encoding="utf-8"))
+        digest, place = known["content_hash"], known["folder"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{path} does not fit the model of its config.yaml ({reason}); the config or the data changed "
-            "since it was trained"
+            f"run folder {folder.path} lacks a whole data.json; run gr-train with its config again"
         ) from None
+    if cache_dir is None and place is not None and Path(place).is_dir():
+        store = read_store(place)
+        split = make_split(config.split, store)
+    else:
+        store, split = open_data(config, None if cache_dir is None else str(cache_dir))
+    if store.manifest["content_hash"] != digest:
+        raise UserError(
+            f"the log has changed since run {folder.path} was trained, and its prepared form is gone; "
+            "train again under another name"
+        )
+    return store, split

@@ -1,7 +1,7 @@
 """Objectives of a retrieval model: what is drawn before look-up, and the loss over the vectors that come back.
 
-``negatives(cfg)`` tells the loader what to draw; the builder returns a function
-``(query (S, D), vectors, batch, model) -> (S,) losses``.
+A config's ``negatives()`` tells the loader what to draw; its builder returns a function
+``(model, query (S, D), vectors, batch) -> (S,) losses``.
 """
 
 from __future__ import annotations

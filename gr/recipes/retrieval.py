@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from torch import Tensor
 
 from gr import config as configs
 from gr.config import config_hash
@@ -18,15 +19,16 @@ from gr.data.planted import PlantedConfig
 from gr.data.split import Split, Targets, training_events
 from gr.data.store import EventStore
 from gr.distributed.process import ProcessContext, all_gather_object, main_only_errors
-from gr.evaluation.audit import audit
+from gr.errors import UserError
+from gr.evaluation.audit import audit, repeated_targets
 from gr.evaluation.baselines import LABELS
 from gr.evaluation.metrics import means, summarise
-from gr.evaluation.ranking import Ranks, rank_targets
+from gr.evaluation.ranking import Ranks, rank_targets, seen_mask
 from gr.evaluation.saved_ranks import load_ranks, save_ranks
 from gr.evaluation.significance import compare
 from gr.evaluation.tuning import tune_all
 from gr.models.retrieval import RetrievalModel
-from gr.recipes.stage import Stage, run_stage
+from gr.recipes.stage import Stage, Stopped, run_stage
 from gr.report.report import write_report
 from gr.training.assemble import assemble, eval_loader, open_data, sample_targets, train_loader
 from gr.training.checkpoint import load_torch, write_json
@@ -35,6 +37,8 @@ from gr.training.run_config import RunConfig
 from gr.training.run_folder import RunFolder, claim
 from gr.training.trainer import Trainer
 
+Work = Callable[[Path], Mapping[str, Any]]
+RANKS = "ranks_test.parquet"
 EXAMPLE_USERS = 4
 EXAMPLE_HISTORY = 8
 
@@ -46,33 +50,41 @@ def run(config: RunConfig, ctx: ProcessContext, argv: Sequence[str] | None = Non
         The contents of ``results.json``; ``None`` if training was asked to stop and has saved.
 
     Raises:
-        UserError: Bad input, or a run folder of another config.
+        UserError: Bad input, or a run folder of another config or another log.
     """
-    path = Path(config.runs) / config.name
+    store, split = open_data(config)
+    _check(config, store, split)
+    folder = RunFolder(Path(config.runs) / config.name)
     with main_only_errors(ctx) as main:
         if main:
-            claim(path, config, argv)
-    folder = RunFolder(path)
-    store, split = open_data(config)
+            claim(folder.path, config, argv, store)
     key = {"config": config_hash(config), "data": store.manifest["content_hash"]}
+    fields = ("split", "layout", "evaluation")
+    protocol = {name: configs.to_dict(getattr(config, name)) for name in fields} | {"data": key["data"]}
 
-    trained = run_stage(
-        Stage("train", key, partial(_train, config, ctx, store, split, folder), everywhere=True, outputs=("best.pt",)),
-        path,
-        ctx,
-    )["result"]
-    if trained["status"] == "stopped":
+    def stage(name: str, inputs: dict[str, Any], work: Work, everywhere: bool, *outputs: str) -> dict[str, Any]:
+        return run_stage(Stage(name, inputs, work, everywhere, outputs), folder.path, ctx)
+
+    try:
+        train = partial(_train, config, ctx, store, split, folder)
+        trained = stage("train", key, train, True, folder.best.name)
+        counted = stage("baselines", protocol, partial(_baselines, config, ctx, store, split), False)
+        evaluate = partial(_evaluate, config, ctx, store, split, folder, trained, counted)
+        results = stage("evaluate", {**key, "trained": trained}, evaluate, True, RANKS, folder.results.name)
+        stage("report", {"results": results}, partial(_report, folder), False, folder.report.name)
+    except Stopped:
         return None
-    judged = {"split": configs.to_dict(config.split), "layout": configs.to_dict(config.layout),
-              "evaluation": configs.to_dict(config.evaluation), "data": key["data"]}  # fmt: skip
-    counted = run_stage(Stage("baselines", judged, partial(_baselines, config, ctx, store, split)), path, ctx)["result"]
-    evaluate = partial(_evaluate, config, ctx, store, split, folder, trained, counted)
-    outputs = ("ranks_test.parquet", "results.json")
-    results = run_stage(
-        Stage("evaluate", {**key, "trained": trained}, evaluate, everywhere=True, outputs=outputs), path, ctx
-    )["result"]
-    run_stage(Stage("report", {"results": results}, partial(_report, folder), outputs=("report.html",)), path, ctx)
     return results
+
+
+def _check(config: RunConfig, store: EventStore, split: Split) -> None:
+    """What can be known to fail later is refused before a run folder is made."""
+    assemble(config, store, split)
+    if split.valid is None and config.train.early_stopping is not None:
+        raise UserError(
+            f"split {config.split.kind!r} has no validation targets, which train.early_stopping needs; "
+            "set train.early_stopping to null"
+        )
 
 
 def _rank(
@@ -107,8 +119,9 @@ def _train(
         config.seed,
     )
     result = trainer.fit()
+    if result.status == "stopped":
+        raise Stopped
     return {
-        "status": result.status,
         "best_step": result.best_step,
         "best_metrics": result.best_metrics,
         "epochs_run": result.epochs,
@@ -122,8 +135,7 @@ def _train(
 def _baselines(config: RunConfig, ctx: ProcessContext, store: EventStore, split: Split, folder: Path) -> dict[str, Any]:
     tuned = tune_all(store, split, config.layout, config.evaluation.mask_seen, kinds=config.evaluation.baselines)
     for kind, best in tuned.items():
-        size, value = len(best.rows), max((row["ndcg@10"] or 0.0) for row in best.rows)
-        print(f"{LABELS[kind]}: best of {size} on validation, ndcg@10 {value:.4f}: {best.setting}", flush=True)
+        print(best.headline(), flush=True)
         save_ranks(
             _rank(config, ctx, store, split.test, best.recommender, alone=True), folder / f"ranks_{kind}.parquet"
         )
@@ -146,7 +158,7 @@ def _evaluate(
     ranks = _rank(config, ctx, store, split.test, model)
     if not ctx.is_main:
         return {}
-    save_ranks(ranks, folder.path / "ranks_test.parquet")
+    save_ranks(ranks, folder.path / RANKS)
     label, ks = model_label(config), config.evaluation.ks
     by_label = {label: ranks}
     for kind in counted:
@@ -155,23 +167,22 @@ def _evaluate(
     metrics = {name: {m: e.to_dict() for m, e in found.items()} for name, found in estimates.items()}
     for kind, found in counted.items():
         metrics[LABELS[kind]]["setting"] = found["setting"]
-    best = ceiling(store, config.data, split.test, ks) if isinstance(config.data, PlantedConfig) else None
     alone = ProcessContext()
-    loader = train_loader(config, store, split, alone)
-    loader.sampler = None
+    loader = train_loader(config, store, split, alone, negatives=False)
+    best = best_possible(config, store, split.test)
     findings = audit(
         store,
         split,
         eval_loader(config, store, split.test, alone),
         (loader.batch(0, index, 0) for index in range(loader.num_batches(0))),
         estimates,
-        best,
+        best.get("ceiling"),
     )
     results = {
         "name": config.name,
         "config_hash": config_hash(config),
         "seed": config.seed,
-        "data": describe_data(store, split),
+        "data": describe_data(store, split, config.evaluation.mask_seen),
         "protocol": {
             "split": config.split.kind,
             "ranking": "full",
@@ -186,14 +197,13 @@ def _evaluate(
             **trained,
         },
         "metrics": metrics,
-        "ceiling": best,
+        "ceiling": None,
+        **best,
         "baseline_grids": {kind: found["grid"] for kind, found in counted.items()},
         "comparison": _comparison(label, by_label),
         "audit": [finding.to_dict() for finding in findings],
         "examples": examples(config, store, split.test, model, ctx),
     }
-    if best is not None:
-        results["ceiling_without_times"] = ceiling(store, config.data, split.test, ks, see_times=False)
     write_json(folder.results, results)
     return results
 
@@ -219,9 +229,28 @@ def model_label(config: RunConfig) -> str:
     return f"{name} without time bias" if getattr(encoder, "time_bias", None) is False else name
 
 
-def describe_data(store: EventStore, split: Split) -> dict[str, Any]:
+def best_possible(config: RunConfig, store: EventStore, targets: Targets) -> dict[str, dict[str, float]]:
+    """``ceiling`` and ``ceiling_without_times`` of a planted log; nothing for others."""
+    if not isinstance(config.data, PlantedConfig):
+        return {}
+    ks, masked = config.evaluation.ks, config.evaluation.mask_seen
+    found = {"ceiling": ceiling(store, config.data, targets, ks, mask_seen=masked)}
+    if not config.data.item_arrival:  # what has arrived depends on the clock, so nobody is blind to it there
+        found["ceiling_without_times"] = ceiling(store, config.data, targets, ks, see_times=False, mask_seen=masked)
+    return found
+
+
+def describe_data(store: EventStore, split: Split, mask_seen: bool) -> dict[str, Any]:
     """Counts and caveats for the results."""
     lengths = store.lengths
+    caveats = list(store.manifest.get("caveats", []))
+    again, copies = repeated_targets(store, split.test)
+    if mask_seen and again:
+        caveats.append(
+            f"{again:,} of {len(split.test):,} test targets had been seen before: with mask_seen they count as missed"
+        )
+    if copies:
+        caveats.append(f"{copies:,} test targets stand in their own history with the same item and time")
     return {
         "source": store.manifest.get("source", ""),
         "users": store.num_users,
@@ -234,7 +263,7 @@ def describe_data(store: EventStore, split: Split) -> dict[str, Any]:
         "median_length": float(np.median(lengths)),
         "density": store.num_events / (store.num_users * store.num_items),
         "has_times": store.has_times,
-        "caveats": list(store.manifest.get("caveats", [])),
+        "caveats": caveats,
         "repairs": dict(store.manifest.get("repairs", {})),
     }
 
@@ -245,7 +274,10 @@ def examples(
     """What a few test users would be shown."""
     rows = np.linspace(0, len(targets) - 1, min(EXAMPLE_USERS, len(targets))).round().astype(np.int64)
     batch = evaluation_batch(store, targets, rows, config.layout).to(ctx.device)
-    ranked = model.recommend(batch, 10)
+    exclude = None
+    if config.evaluation.mask_seen:
+        exclude = seen_mask(store, targets.user[rows], targets.position[rows]).to(ctx.device)
+    ranked = model.recommend(batch, 10, exclude)
     shown = []
     for row, index in enumerate(rows):
         user, position = targets.user[index], targets.position[index]
@@ -259,13 +291,16 @@ def examples(
                 "target": titles[-1],
                 "recommended": [
                     {"title": title, "score": score}
-                    for title, score in zip(
-                        _titles(store, ranked.items[row].cpu().numpy()), ranked.scores[row].tolist(), strict=True
-                    )
+                    for title, score in _shown(store, ranked.items[row], ranked.scores[row])
                 ],
             }
         )
     return shown
+
+
+def _shown(store: EventStore, items: Tensor, scores: Tensor) -> list[tuple[str, float]]:
+    kept = items >= 0
+    return list(zip(_titles(store, items[kept].cpu().numpy()), scores[kept].tolist(), strict=True))
 
 
 def _titles(store: EventStore, items: np.ndarray) -> list[str]:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gr.distributed.process import ProcessContext, broadcast_object, main_only_errors
+from gr.distributed.process import ProcessContext, broadcast_object, raise_together
+from gr.errors import UserError
 from gr.training.checkpoint import write_json
 
 
 class Stopped(Exception):
-    """A stage was asked to stop (by a signal) and has saved; the same command resumes."""
+    """A stage was asked to stop (by a signal) and has saved; every rank raises it. The same command resumes."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +42,30 @@ class Stage:
 
 
 def run_stage(stage: Stage, run_dir: Path, ctx: ProcessContext) -> dict[str, Any]:
-    """Runs a stage unless it is done; every rank gets its artifact: ``{"inputs": hash, "result": ...}``."""
+    """Runs a stage unless it is done; every rank gets what it returned.
+
+    Raises:
+        Stopped: The stage says so; nothing is marked as done.
+        UserError: On every rank, whichever rank met it.
+    """
     folder = run_dir / "stages" / stage.name
     text = json.dumps(stage.inputs, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    artifact = broadcast_object(_finished(stage, run_dir, folder, digest) if ctx.is_main else None, ctx)
-    if artifact is not None:
-        return artifact
+    done = broadcast_object(_finished(stage, run_dir, folder, digest) if ctx.is_main else None, ctx)
+    if done is not None:
+        return done
     result: Mapping[str, Any] = {}
-    if stage.everywhere:
-        folder.mkdir(parents=True, exist_ok=True)
-        result = stage.run(folder)
-    with main_only_errors(ctx) as main:
-        if main:
+    error: UserError | None = None
+    try:
+        if ctx.is_main or stage.everywhere:
             folder.mkdir(parents=True, exist_ok=True)
-            if not stage.everywhere:
-                result = stage.run(folder)
-            artifact = {"inputs": digest, "result": dict(result)}
-            write_json(folder / "artifact.json", artifact)
-    return broadcast_object(artifact, ctx)
+            result = stage.run(folder)
+        if ctx.is_main:
+            write_json(folder / "artifact.json", {"inputs": digest, "result": dict(result)})
+    except UserError as found:
+        error = found
+    raise_together(error, ctx)
+    return broadcast_object(json.loads(json.dumps(result)), ctx)
 
 
 def _finished(stage: Stage, run_dir: Path, folder: Path, digest: str) -> dict[str, Any] | None:
@@ -68,4 +74,4 @@ def _finished(stage: Stage, run_dir: Path, folder: Path, digest: str) -> dict[st
     except (OSError, ValueError):
         return None
     whole = artifact.get("inputs") == digest and all((run_dir / name).exists() for name in stage.outputs)
-    return artifact if whole else None
+    return artifact["result"] if whole else None

@@ -44,9 +44,11 @@ def assemble(config: RunConfig, store: EventStore, split: Split) -> RetrievalMod
     return model
 
 
-def train_loader(config: RunConfig, store: EventStore, split: Split, ctx: ProcessContext) -> TrainLoader:
-    """This rank's training batches with their negatives."""
-    sampler = make_sampler(config.objective.negatives(), store, split)
+def train_loader(
+    config: RunConfig, store: EventStore, split: Split, ctx: ProcessContext, negatives: bool = True
+) -> TrainLoader:
+    """This rank's training batches, with the objective's negatives unless told otherwise."""
+    sampler = make_sampler(config.objective.negatives(), store, split) if negatives else None
     return TrainLoader(
         store,
         split,

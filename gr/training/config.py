@@ -101,7 +101,8 @@ class TrainConfig:
         optimizer: The update rule.
         schedule: The learning rate over steps.
         clip_norm: Largest norm of the dense parameters' gradient; ``None``: not clipped.
-        accumulate: Loader batches per optimizer step; n batches of b sequences learn as one batch of n * b.
+        accumulate: Loader batches per optimizer step; n batches of b sequences learn as one batch of n * b (but for
+            the objective in_batch, whose negatives come from each loader batch).
         precision: bf16 runs matrix products in bfloat16; parameters and their update stay fp32.
         compile: Runs the model through torch.compile.
         early_stopping: ``None``: the last weights are kept and the number of epochs is as configured.

@@ -13,6 +13,7 @@ from gr.data.sources import SOURCES
 from gr.data.split import SPLITS, LeaveOneOutConfig
 from gr.errors import UserError
 from gr.evaluation.baselines import BASELINES
+from gr.evaluation.metrics import metric_names
 from gr.models.objectives import OBJECTIVES, FullSoftmaxConfig
 from gr.models.retrieval import ModelConfig
 from gr.training.config import TrainConfig
@@ -83,6 +84,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise UserError(f"name is {self.name!r}; a run's name is letters, digits, '.', '_' and '-'")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2**63")
+        stopping = self.train.early_stopping
+        if stopping is not None and stopping.metric not in metric_names(self.evaluation.ks):
+            raise UserError(
+                f"train.early_stopping.metric is {stopping.metric!r}; it must be one of "
+                f"{', '.join(metric_names(self.evaluation.ks))}"
+            )
         if getattr(self.model.encoder, "causal", True) is False:
             raise UserError(
                 "model.encoder.causal is false; every position of these layouts is supervised by the event after it, "

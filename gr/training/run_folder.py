@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gr.config import config_hash, dump, parse_yaml, to_dict
+from gr.data.store import EventStore
 from gr.errors import UserError
 from gr.training.checkpoint import write_atomic, write_json
 from gr.training.environment import describe
@@ -40,6 +42,11 @@ class RunFolder:
     def env(self) -> Path:
         """What the run ran on."""
         return self.path / "env.json"
+
+    @property
+    def data(self) -> Path:
+        """Content hash of the log, and where its prepared form lies."""
+        return self.path / "data.json"
 
     @property
     def metrics(self) -> Path:
@@ -95,16 +102,19 @@ class RunFolder:
             yield
 
 
-def claim(path: str | Path, config: Any, argv: Sequence[str] | None = None) -> RunFolder:
+def claim(
+    path: str | Path, config: Any, argv: Sequence[str] | None = None, store: EventStore | None = None
+) -> RunFolder:
     """Creates the run's folder, or takes it up again if it holds the same config. Call on one process only.
 
     Args:
         path: ``runs/<name>``.
         config: The whole config, a dataclass; its ``runtime`` fields may differ between claims.
-        argv: The command line for ``env.json``; defaults to ``sys.argv``.
+        argv: The command line for ``env.json``, which tells of the first claim; defaults to ``sys.argv``.
+        store: The log; its content hash must be that of the first claim, and ``data.json`` tells where it lies.
 
     Raises:
-        UserError: The folder holds another config, or something else, or cannot be written.
+        UserError: The folder holds another config, was made from another log, or something else, or cannot be written.
     """
     path = Path(path)
     folder = RunFolder(path)
@@ -121,10 +131,30 @@ def claim(path: str | Path, config: Any, argv: Sequence[str] | None = None) -> R
         path.mkdir(parents=True, exist_ok=True)
         text = f"{_HEADER}{digest}\n{dump(config)}"
         write_atomic(folder.config, lambda file: file.write(text.encode()))
-        write_json(folder.env, describe(argv))
+        if not folder.env.exists():
+            write_json(folder.env, describe(argv))
+        if store is not None:
+            _claim_data(folder, store)
     except OSError as error:
         raise UserError(f"run folder {path} cannot be written: {error.strerror or error}") from None
     return dataclasses.replace(folder, resumed=resumed)
+
+
+def _claim_data(folder: RunFolder, store: EventStore) -> None:
+    digest = store.manifest["content_hash"]
+    try:
+        known = json.loads(folder.data.read_text(encoding="utf-8"))["content_hash"]
+    except FileNotFoundError:
+        known = digest
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder.data} is damaged; delete it and run the same command again") from None
+    if known != digest:
+        raise UserError(
+            f"the log has changed since run {folder.path} was begun (content {known[:12]}, now {digest[:12]}); "
+            "choose another name, or delete the folder to start again"
+        )
+    place = None if store.folder is None else str(store.folder.resolve())
+    write_json(folder.data, {"content_hash": digest, "folder": place})
 
 
 def read_hash(path: Path) -> str:

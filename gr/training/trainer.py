@@ -487,7 +487,7 @@ class Trainer:
 
 
 def load_weights(model: nn.Module, path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Loads ``best.pt`` into a model.
+    """Loads ``best.pt`` (or a checkpoint) into a model.
 
     Returns:
         {"step", "metrics"} of these weights.
@@ -496,8 +496,10 @@ def load_weights(model: nn.Module, path: Path, device: torch.device | str = "cpu
         UserError: Missing, damaged, or of another model.
     """
     payload = load_torch(path, device)
+    if not isinstance(payload, dict) or not isinstance(payload.get("model"), dict):
+        raise UserError(f"{path} holds no model weights; delete it and run gr-train again")
     _load_state(model, payload["model"], path)
-    return {"step": payload["step"], "metrics": payload["metrics"]}
+    return {"step": payload.get("step"), "metrics": payload.get("metrics")}
 
 
 def _load_state(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -13,6 +13,7 @@ from gr.data.planted import EPOCH_START, Planted, PlantedConfig, generate, item_
 from gr.data.split import Targets
 from gr.data.store import memory_store, read_store
 from gr.errors import UserError
+from gr.evaluation.ranking import seen_pairs
 
 TINY = PlantedConfig(
     seed=3,
@@ -139,6 +140,12 @@ def test_the_oracle_hits_as_often_as_the_ceiling_says(tmp_path):
     p = predictive(make_law(cfg), offsets, items[history], times[history], None, times[last])
     hit = (p > p[np.arange(len(last)), items[last]][:, None]).sum(1) < 10
     expected = ceiling(store, cfg, targets, (10,))["hr@10"]
+    assert abs(hit.mean() - expected) < 4 * np.sqrt(expected * (1 - expected) / len(last))
+    # The same where seen items are not shown: nobody hits a target that was seen before.
+    p[seen_pairs(store, targets.user, targets.position)] = -1.0
+    target = p[np.arange(len(last)), items[last]][:, None]
+    hit = ((p > target).sum(1) < 10) & (target[:, 0] >= 0)
+    expected = ceiling(store, cfg, targets, (10,), mask_seen=True)["hr@10"]
     assert abs(hit.mean() - expected) < 4 * np.sqrt(expected * (1 - expected) / len(last))
 
 

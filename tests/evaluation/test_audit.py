@@ -11,7 +11,7 @@ import torch
 from gr.data.layout import LayoutConfig
 from gr.data.loader import BatchingConfig, EvalLoader, TrainLoader
 from gr.data.split import LeaveOneOutConfig, PaperConfig, Targets, TemporalConfig, make_split, training_counts
-from gr.evaluation.audit import audit, audit_ceiling, audit_evaluation, audit_split, audit_training
+from gr.evaluation.audit import audit, audit_ceiling, audit_evaluation, audit_split, audit_training, repeated_targets
 from gr.evaluation.controls import shuffle_targets
 from gr.evaluation.metrics import Estimate
 
@@ -60,7 +60,7 @@ def names(findings) -> set[str]:
 def test_clean_data_has_no_finding(world, layout, split_config):
     store, _ = world
     split = make_split(split_config, store)
-    estimates = {"model": {"hr@10": Estimate(0.52, 0.01, 0.5, 0.54)}}
+    estimates = {"model": {"hr@10": Estimate(0.52, 0.01, 0.5, 0.54, 2500)}}
     for targets in (split.test, split.valid):
         if targets is not None:
             findings = audit(
@@ -178,19 +178,20 @@ def test_a_target_that_names_no_event_is_caught(world):
     assert names(audit_split(store, dataclasses.replace(split, test=outside))) == {"target_outside_log"}
 
 
-def test_a_target_recorded_twice_in_the_log_is_caught(make_store):
+def test_targets_seen_before_are_counted_and_no_leak(make_store):
     store = make_store([[0, 1, 2, 3], [4, 5, 5, 6, 5], [1, 5, 5, 6]], V)
     store.columns["timestamp"][6:9] = 5000  # user 1 ends with items 5, 6, 5 in one second
     split = make_split(LeaveOneOutConfig(), store)
-    found = audit_split(store, split)
-    assert names(found) == {"duplicate_event"} and "1 test targets" in found[0].detail
-    assert "(user 1, position 4)" in found[0].detail
+    assert audit_split(store, split) == []
+    assert repeated_targets(store, split.test) == (1, 1)
+    store.columns["timestamp"][8] += 1
+    assert repeated_targets(store, split.test) == (1, 0)
 
 
 def test_a_score_above_the_ceiling_and_three_standard_errors_is_caught():
     ceiling = {"hr@10": 0.5, "ndcg@10": 0.3}
-    just_below = {"hr@10": Estimate(0.529, 0.01, 0, 1), "ndcg@10": Estimate(0.2, 0.01, 0, 1)}
-    above = just_below | {"hr@10": Estimate(0.531, 0.01, 0, 1)}
+    just_below = {"hr@10": Estimate(0.529, 0.01, 0, 1, 2500), "ndcg@10": Estimate(0.2, 0.01, 0, 1, 2500)}
+    above = just_below | {"hr@10": Estimate(0.531, 0.01, 0, 1, 2500)}
     assert audit_ceiling(just_below, ceiling) == []
     found = audit_ceiling(above, ceiling, "HSTU")
     assert names(found) == {"above_ceiling"} and "HSTU has hr@10 0.5310" in found[0].detail

@@ -14,7 +14,7 @@ from gr.data.loader import EvalLoader
 from gr.data.split import LeaveOneOutConfig, make_split
 from gr.errors import UserError
 from gr.evaluation.metrics import means, per_target, summarise
-from gr.evaluation.ranking import rank_targets
+from gr.evaluation.ranking import rank_targets, seen_mask
 from gr.evaluation.saved_ranks import load_ranks, save_ranks
 
 LAYOUT = LayoutConfig(max_events=3)
@@ -51,6 +51,8 @@ def slow_counts(store, targets, table, mask_seen):
         scores = table[u].tolist()
         better = sum(scores[i] > scores[target] for i in others)
         tied = sum(scores[i] == scores[target] for i in others)
+        if mask_seen and target in seen:
+            better, tied = len(others), 0  # it would not be shown
         result.append((better, tied, len(others) + 1))
     return np.array(result).T
 
@@ -95,12 +97,15 @@ def test_masking_reaches_events_that_the_batch_cuts_off(make_store):
     assert ranks.candidates.tolist() == [2] and ranks.tied.tolist() == [1]
 
 
-def test_a_repeated_target_stays_a_candidate(make_store):
+def test_a_target_that_was_seen_is_a_miss_where_seen_items_are_masked(make_store):
     store = make_store([[3, 1, 2, 3]], 5)
     split = make_split(LeaveOneOutConfig(), store)
     table = torch.tensor([[0.0, 9.0, 9.0, 1.0, 0.0]])
     ranks = rank_targets(Fixed(table), EvalLoader(store, split.test, LAYOUT), mask_seen=True)
-    assert (ranks.better.tolist(), ranks.tied.tolist(), ranks.candidates.tolist()) == ([0], [0], [3])
+    assert (ranks.better.tolist(), ranks.tied.tolist(), ranks.candidates.tolist()) == ([2], [0], [3])
+    unmasked = rank_targets(Fixed(table), EvalLoader(store, split.test, LAYOUT), mask_seen=False)
+    assert (unmasked.better.tolist(), unmasked.candidates.tolist()) == ([2], [5])
+    assert seen_mask(store, split.test.user, split.test.position).tolist() == [[False, True, True, True, False]]
 
 
 def test_infinite_scores_are_compared_like_others(make_store):

@@ -87,7 +87,7 @@ def test_weights_must_be_whole_and_fit(tmp_path):
     load.load_weights(other, path)
     assert torch.equal(other.weight, model.weight)
     assert load.find_weights(tmp_path) == path
-    with pytest.raises(UserError, match="does not fit the model"):
+    with pytest.raises(UserError, match="is of another model"):
         load.load_weights(torch.nn.Linear(4, 3), path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match="damaged"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -46,10 +45,10 @@ def test_dry_run_prints_the_command_and_hands_on_what_follows_the_config(config,
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.setattr(torchrun, "execute", lambda command: pytest.fail("a dry run must start nothing"))
-    assert cli.main(["torchrun", "--nproc", "2", "--dry-run", config, "--nproc", "5", "--dry-run"]) == 0
+    assert cli.main(["torchrun", "--nproc", "2", "--dry-run", config, "--seed", "5"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("OMP_NUM_THREADS=3 ")
-    assert printed.rstrip().endswith(f"--nproc-per-node=2 -m gr.train {config} --nproc 5 --dry-run")
+    assert printed.rstrip().endswith(f"--nproc-per-node=2 -m gr.train {config} --seed 5")
 
 
 def test_a_launch_executes_what_was_built(config, monkeypatch) -> None:
@@ -71,7 +70,7 @@ def test_a_launch_executes_what_was_built(config, monkeypatch) -> None:
         (["abacus", "a.yaml"], "unknown launcher 'abacus'"),
         (["torchrun", "--nproc", "two", "a.yaml"], "invalid int value: 'two'"),
         (["torchrun"], "config"),
-        (["torchrun", "--nproc", "1", "nowhere.yaml"], "nowhere.yaml: no such config file"),
+        (["torchrun", "--nproc", "1", "nowhere.yaml"], "config nowhere.yaml does not exist"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(argv, sentence, capsys, monkeypatch) -> None:
@@ -81,10 +80,23 @@ def test_a_mistake_is_one_sentence_and_status_2(argv, sentence, capsys, monkeypa
     assert said.startswith("error: ") and sentence in said and said.count("\n") == 1
 
 
-def test_execute_replaces_the_process_and_returns_its_status() -> None:
-    script = (
-        "import sys; from gr.launch.torchrun import Command, execute\n"
-        "child = 'import os, sys; sys.exit(int(os.environ[\"N\"]))'\n"
-        "execute(Command((sys.executable, '-c', child), {'N': '7'}))"
+def execute_python(code: str, **env: str) -> int:
+    return torchrun.execute(torchrun.Command((sys.executable, "-c", code), {**os.environ, **env}))
+
+
+def test_the_status_that_rank_0_left_is_returned_and_else_the_launchers_own(capfd) -> None:
+    assert execute_python("import os, sys; sys.exit(int(os.environ['N']))", N="7") == 7
+    left = (
+        "import os, sys\n"
+        "print('error: told by the worker', file=sys.stderr, flush=True)\n"
+        "open(os.environ['GR_STATUS_FILE'], 'w').write('2')\n"
+        "print('Traceback (most recent call last)\\n  of the launcher', file=sys.stderr)\n"
+        "sys.exit(1)"
     )
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 7
+    assert execute_python(left) == 2
+    assert capfd.readouterr().err == "error: told by the worker\n"
+
+
+def test_a_traceback_of_a_worker_that_left_no_status_is_shown(capfd) -> None:
+    assert execute_python("raise RuntimeError('ours')") == 1
+    assert "RuntimeError: ours" in capfd.readouterr().err

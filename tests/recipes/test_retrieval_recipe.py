@@ -87,6 +87,48 @@ def test_a_run_folder_of_another_config_is_refused(finished):
         run_here(folder, "--seed", "5")
 
 
+def events(path, users, length=8):
+    rows = [f"u{u},i{(u * 7 + p * p) % 11},{1_600_000_000 + 600 * p}" for u in range(users) for p in range(length)]
+    path.write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+    return {"kind": "table", "path": str(path)}
+
+
+def test_a_log_that_changed_is_refused_and_not_judged_with_the_old_weights(tmp_path):
+    """Two events less a user: what was trained on would now be held out."""
+    data = events(tmp_path / "log.csv", 12)
+    run_here(tmp_path, data=data)
+    weights = (tmp_path / "runs" / "tiny" / "best.pt").read_bytes()
+    events(tmp_path / "log.csv", 12, length=6)
+    with pytest.raises(UserError, match="the log has changed since run .* was begun"):
+        run_here(tmp_path, data=data)
+    assert (tmp_path / "runs" / "tiny" / "best.pt").read_bytes() == weights
+    from gr.inference.load import load_run
+
+    loaded = load_run(tmp_path / "runs" / "tiny")  # the log that it was trained on still lies in the cache
+    assert loaded.store.num_events == 12 * 8
+
+
+def test_what_cannot_train_claims_no_run_folder(tmp_path):
+    for overrides, words in (
+        (("--split.kind", "paper"), "set train.early_stopping to null"),
+        (("--layout.kind", "added"), "reads actions"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run_here(tmp_path, *overrides)
+        assert not (tmp_path / "runs").exists()
+    results = run_here(tmp_path, "--split.kind", "paper", "--train.early_stopping", "null")
+    assert results["data"]["valid_targets"] == 0
+
+
+def test_with_seen_items_masked_the_ceiling_is_that_of_masked_ranking_and_nothing_is_called_a_leak(tmp_path):
+    results = run_here(tmp_path, "--evaluation.mask_seen", "true")
+    plain = run_here(tmp_path, "--name", "plain")
+    assert results["audit"] == [] and results["ceiling"]["hr@10"] < plain["ceiling"]["hr@10"]
+    assert any("count as missed" in caveat for caveat in results["data"]["caveats"])
+    for example in results["examples"]:
+        assert not {row["title"] for row in example["recommended"]} & set(example["history"])
+
+
 def test_a_stage_is_done_only_with_the_same_inputs_and_whole_outputs(tmp_path):
     calls = []
 
@@ -96,7 +138,7 @@ def test_a_stage_is_done_only_with_the_same_inputs_and_whole_outputs(tmp_path):
         return {"n": len(calls)}
 
     def go(value):
-        return run_stage(Stage("s", {"v": value}, work, outputs=("out.txt",)), tmp_path, ALONE)["result"]["n"]
+        return run_stage(Stage("s", {"v": value}, work, outputs=("out.txt",)), tmp_path, ALONE)["n"]
 
     assert [go(1), go(1), go(2), go(2)] == [1, 1, 2, 2]
     (tmp_path / "out.txt").unlink()
