@@ -37,13 +37,14 @@ def parser() -> argparse.ArgumentParser:
     )
     seen.add_argument("--exclude-seen", dest="include_seen", action="store_false", help="they may not")
     parse.add_argument("--cache", metavar="DIR", help="where prepared data are kept (default: as in the config)")
-    parse.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parse.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu or cuda (cpu)")
     return parse
 
 
 def main(argv: list[str]) -> int:
     """Parses, loads, asks, prints."""
     args = parser().parse_args(argv)
+    import torch
     from rich.console import Console
 
     from gr.inference.load import load_run
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> int:
     from gr.inference.recommend import recommend
 
     at = None if args.at is None else parse_time(args.at)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, and this machine has no CUDA device; use cpu")
     if args.k < 1:
         raise UserError(f"--k is {args.k}; it must be at least 1")
     loaded = load_run(args.run, args.cache, args.device)

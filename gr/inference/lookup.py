@@ -77,12 +77,16 @@ def parse_time(text: str) -> int:
     """Seconds since 1970 from digits, or from a date such as 2001-05-03T18:30 (UTC unless it says).
 
     Raises:
-        UserError: Neither.
+        UserError: Neither, or beyond 2**53 seconds.
     """
     try:
-        return int(text)
+        seconds = int(text)
     except ValueError:
-        pass
+        seconds = None
+    if seconds is not None:
+        if abs(seconds) >= 2**53:
+            raise UserError(f"--at {text} is out of range; seconds since 1970 must stay within 2**53")
+        return seconds
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:

@@ -57,7 +57,8 @@ class HeldOut:
     Attributes:
         item: Dense index.
         title: Title.
-        rank: Its middle rank among all items that may be shown; it is ranked even where it was seen before.
+        rank: Its middle rank among all items that may be shown. Where it may not, because it was seen before, it
+            stands behind them all, as in the evaluation.
         candidates: How many items it was ranked among, itself included.
         part: ``test`` or ``validation``.
     """
@@ -277,7 +278,9 @@ def _ask(loaded: Loaded, past: Past, k: int, include_seen: bool) -> tuple[list[R
     if scores.isnan().any():
         raise UserError("the model's scores are not numbers; its training diverged, train again with a smaller lr")
     shown = torch.ones_like(seen[0]) if include_seen else ~seen[0]
-    shown[past.target] = False  # compared with all others; never masked itself, as in the evaluation
+    hidden = not bool(shown[past.target])
+    shown[past.target] = False
     others, own = scores[shown], scores[past.target]
     rank = int((others > own).sum()) + int((others == own).sum()) / 2 + 1
+    rank = others.numel() + 1.0 if hidden else rank
     return rows, HeldOut(past.target, item_title(store, past.target), rank, int(shown.sum()) + 1, past.part)

@@ -30,6 +30,21 @@ def test_held_out_items_rank_as_the_evaluation_said(run_dir):
         assert len(found.rows) == 5
 
 
+def test_an_item_that_may_not_be_shown_ranks_behind_all_that_may(run_dir):
+    loaded = load_run(run_dir)
+    ranks = load_ranks(run_dir / "ranks_test.parquet")
+    items = loaded.store.columns["item_id"]
+    for row in range(len(ranks)):
+        start = loaded.store.offsets[ranks.user[row]]
+        past = set(items[start : start + ranks.position[row]].tolist())
+        if ranks.target[row] in past:
+            user = loaded.store.user_ids[int(ranks.user[row])].as_py()
+            found = recommend(loaded, user=user, k=5, include_seen=False)
+            assert found.held_out.rank == found.held_out.candidates == loaded.store.num_items - len(past) + 1
+            return
+    pytest.fail("no test user repeats an item; make the world smaller")
+
+
 def test_the_command_shows_history_recommendations_and_what_came_next(run_dir, capsys):
     assert run_cli(main, [str(run_dir), "--k", "3"]) == 0
     out = capsys.readouterr().out
@@ -43,6 +58,9 @@ def test_an_unknown_user_or_title_is_one_sentence(run_dir, capsys):
         (["--user", "99999"], "99999"),
         (["--history", "Noir Clasics No. 1"], "Noir Classics No. 1"),
         (["--k", "0"], "--k is 0"),
+        (["--device", "tpu"], "--device"),
+        (["--at", "9" * 30], "out of range"),
+        (["--at", "yesterday"], "is not a time"),
     ):
         assert run_cli(main, [str(run_dir), *arguments]) == 2
         err = capsys.readouterr().err
