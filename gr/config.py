@@ -2,7 +2,8 @@
 
 A config is a tree of frozen dataclasses. Fields that choose between registered parts are annotated
 ``Annotated[Any, OneOf(REGISTRY)]``, where a registry is a plain dict ``name -> (Config, builder)``; the YAML then
-says ``kind: name``, or ``kind: package.module:Class`` for a user's own part, whose config is ``Class.Config``.
+says ``kind: name``, or ``kind: package.module:Class`` for a user's own part, whose config is ``Class.Config`` (a frozen
+dataclass with a field ``kind``) and which is called as the registry's builders are.
 
 Nothing is guessed: an unknown key, a wrong type or an impossible value is one sentence naming file, field and value.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -244,6 +245,37 @@ def test_a_log_without_times_and_a_time_bias_are_one_sentence(tmp_path):
     results = run_here(tmp_path, "--model.encoder.time_bias", "false", "--name", "blind", data=data)
     assert any("no times" in caveat for caveat in results["data"]["caveats"])
     assert "no times" in (tmp_path / "runs" / "blind" / "report.html").read_text()
+
+
+class LastItem(torch.nn.Module):
+    """A user's own encoder: the last item, mapped. What an encoder must have, and no more."""
+
+    @dataclass(frozen=True)
+    class Config:
+        kind: str
+        bias: bool = True
+
+    needs_times = False
+
+    def __init__(self, config, dim, max_tokens):
+        super().__init__()
+        self.linear = torch.nn.Linear(dim, dim, bias=config.bias)
+
+    def forward(self, x, batch):
+        return self.linear(x)
+
+    def pairs(self, batch):
+        return batch.num_tokens
+
+    def forward_flops(self, tokens, pairs):
+        return {"linear": 2 * tokens * self.linear.weight.numel()}
+
+
+def test_a_users_own_encoder_is_named_in_the_config_and_trained(tmp_path):
+    encoder = {"kind": "test_retrieval_recipe:LastItem", "bias": False}
+    results = run_here(tmp_path, model={"dim": 16, "encoder": encoder})
+    assert results["metrics"]["test_retrieval_recipe:LastItem"]["hr@10"]["mean"] > 0
+    assert results["model"]["parameters_dense"] == 16 * 16 + 12 * 16
 
 
 def test_ids_that_no_float_can_hold_come_back_from_a_run_as_they_went_in(tmp_path):
