@@ -5,8 +5,9 @@
     python -m benchmarks.train.quality --table-only
 
 A row is appended to ``benchmarks/results/planted_{tuning,quality}.jsonl`` when its run ends; a row that exists for the
-same config is not run again: after a change to a model's code, delete its rows. Variants share data, split, epochs, batches and objective. Each one's learning rate is the
-best of ``RATES`` by validation NDCG@10 (one run each, seed 100, none of the seeds that are reported).
+same config is not run again: after a change to a model's code, delete its rows. Variants share data, split, epochs,
+batches and objective. Each one's learning rate is the best of ``RATES`` by validation NDCG@10 (one run each, seed 100,
+none of the seeds that are reported).
 """
 
 from __future__ import annotations
