@@ -24,7 +24,8 @@ FOUND = Recommendations(
 
 def printed(found: Recommendations, **options) -> str:
     out = io.StringIO()
-    cli.show(found, Console(file=out, width=60, highlight=False, **options), ["made up"])
+    terminal = {"TERM": "xterm-256color"}  # whatever the tests run in
+    cli.show(found, Console(file=out, width=60, highlight=False, _environ=terminal, **options), ["made up"])
     return out.getvalue()
 
 
