@@ -449,6 +449,9 @@ class Trainer:
                 save_torch(self.folder.best, payload)
 
     def _load_best(self) -> None:
+        finished = self.state.phase >= len(self.phases)
+        if finished and not broadcast_object(self.folder.best.exists(), self.ctx):
+            self._save_best()  # removed by hand; a finished run's last checkpoint holds the same weights
         load_weights(self.model, self.folder.best, self.ctx.device)
 
     def _resume(self) -> None:

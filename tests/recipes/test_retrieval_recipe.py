@@ -82,6 +82,16 @@ def test_a_lost_output_is_made_again_from_the_stage_that_makes_it(finished, monk
     assert (folder / "runs" / "tiny" / "report.html").exists()
 
 
+def test_lost_weights_of_a_finished_run_come_back_from_its_last_checkpoint(finished):
+    folder, _ = finished
+    best = folder / "runs" / "tiny" / "best.pt"
+    before = load_torch(best)["model"]
+    best.unlink()
+    run_here(folder)
+    after = load_torch(best)["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_run_folder_of_another_config_is_refused(finished):
     folder, results = finished
     with pytest.raises(UserError, match=r"holds config \w{12}, this is config \w{12} .*seed 0 -> 5"):
