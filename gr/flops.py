@@ -193,6 +193,7 @@ class FlopCounter:
 # back to the plain fp32 rate where there is no such unit.
 DENSE_PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "B200": {"bf16": 2250.0, "tf32": 1125.0, "fp32": 75.0},  # NVIDIA HGX B200
+    "H200 NVL": {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0},  # NVIDIA H200 NVL
     "H200": {"bf16": 989.4, "tf32": 494.7, "fp32": 66.9},  # NVIDIA H200 SXM
     "H100 PCIe": {"bf16": 756.0, "tf32": 378.0, "fp32": 51.2},  # NVIDIA H100 PCIe
     "H100 NVL": {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0},  # NVIDIA H100 NVL
@@ -200,8 +201,9 @@ DENSE_PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "A100": {"bf16": 312.0, "tf32": 156.0, "fp32": 19.5},  # NVIDIA A100, PCIe and SXM alike
     "L40S": {"bf16": 362.0, "tf32": 183.0, "fp32": 91.6},  # NVIDIA L40S
     "L4": {"bf16": 121.0, "tf32": 60.0, "fp32": 30.3},  # NVIDIA L4
-    "A10G": {"bf16": 70.0, "tf32": 35.0, "fp32": 35.0},  # NVIDIA A10G, as in AWS G5
+    "A10G": {"bf16": 70.0, "tf32": 35.0, "fp32": 31.5},  # NVIDIA A10G, as in AWS G5
     "A10": {"bf16": 125.0, "tf32": 62.5, "fp32": 31.2},  # NVIDIA A10
+    "V100-PCIE": {"bf16": 112.0, "tf32": 14.0, "fp32": 14.0},  # NVIDIA V100 PCIe
     "V100": {"bf16": 125.0, "tf32": 15.7, "fp32": 15.7},  # NVIDIA V100 SXM2
     "T4": {"bf16": 65.0, "tf32": 8.1, "fp32": 8.1},  # NVIDIA T4
     "MI300X": {"bf16": 1307.4, "tf32": 653.7, "fp32": 163.4},  # AMD Instinct MI300X

@@ -81,7 +81,7 @@ def full_softmax(logits: Tensor, target: Tensor) -> Tensor:
 def binary_cross_entropy(
     query: Tensor, positive: Tensor, negatives: Tensor, *, scale: float, collision: Tensor
 ) -> Tensor:
-    """SASRec's loss (Kang and McAuley 2018, eq. 5), averaged over negatives so that R does not shift the balance.
+    """SASRec's loss (Kang and McAuley 2018, network training), with the mean over negatives in place of their sum.
 
     Shapes as in ``sampled_softmax``. Collisions are left out of the average.
     """

@@ -16,8 +16,7 @@ def shuffle_targets(store: EventStore, split: Split, seed: int) -> EventStore:
 
     Item counts, lengths, times and every held-out event stay as they are, so popularity is what is left to
     learn: a model trained on the result must fall to the popularity baseline on held-out targets. If it stays
-        above, something
-    other than training data reaches it.
+    above, something other than training data reaches it.
 
     Args:
         store: The log.

@@ -36,7 +36,7 @@ ObjectiveFunction = Callable[[Scorer, Tensor, dict[str, Tensor], JaggedBatch], T
 
 @dataclass(frozen=True, kw_only=True)
 class FullSoftmaxConfig:
-    """Cross-entropy over the whole catalogue: exact, and the cheapest there is below some 10,000 items."""
+    """Cross-entropy over the whole catalogue: exact, and the cheapest there is below some 10,000 to 20,000 items."""
 
     kind: str = "full_softmax"
 
@@ -46,7 +46,7 @@ class FullSoftmaxConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledSoftmaxConfig:
-    """The paper's recipe by default: 128 uniform negatives for each position, no correction."""
+    """The paper's recipe for MovieLens by default: 128 uniform negatives for each position, no correction."""
 
     kind: str = "sampled_softmax"
     num_negatives: int = 128

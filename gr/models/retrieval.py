@@ -97,7 +97,7 @@ class RetrievalModel(nn.Module):
 
     def logits(self, query: Tensor, item_range: tuple[int, int]) -> Tensor:
         """(S, hi - lo) scores of prepared queries (S, D) against items lo..hi-1."""
-        # The scale goes into the (S, D) queries: over (S, V) scores it costs a tenth of a full-softmax step.
+        # The scale goes into the (S, D) queries: over (S, V) scores it costs about a tenth of the softmax.
         return self.tables.logits(query * self.similarity.scale, "item", item_range, self.similarity.item)
 
     def forward(self, batch: JaggedBatch) -> Losses:

@@ -14,8 +14,12 @@ def print_summary(results: dict[str, Any], run_dir: Path, console: Console | Non
     """The table of models and baselines, the audit, and where to look next."""
     console = console or Console()
     label, best = results["model"]["label"], results["ceiling"]
-    table = Table(title=f"{results['name']}: {results['data']['test_targets']:,} test users, all "
-                        f"{results['protocol']['num_candidates']:,} items ranked", title_justify="left")  # fmt: skip
+    seen = ", less those already seen" if results["protocol"]["mask_seen"] else ""
+    title = (
+        f"{results['name']}: {results['data']['test_targets']:,} test users, all "
+        f"{results['protocol']['num_candidates']:,} items ranked{seen}"
+    )
+    table = Table(title=title, title_justify="left")
     for name in ("", "HR@10", "± 95 %", "NDCG@10", "MRR") + (("% of best",) if best else ()):
         table.add_column(name, justify="left" if not name else "right")
     rows = sorted(results["metrics"].items(), key=lambda row: -row[1]["hr@10"]["mean"])

@@ -38,6 +38,6 @@ def test_committed_quality_rows_meet_what_readme_says_of_the_quick_start():
     best = rows[0]["ceiling"]["hr@10"]
     assert len(hits["hstu"]) >= 3 and min(hits["hstu"]) >= 0.9 * best
     assert max(m["hr@10"]["mean"] for row in rows for m in row["baselines"].values()) <= 0.65 * best
-    for blind in ("hstu_no_time", "sasrec"):
+    for blind in ("hstu_no_time", "sasrec", "transformer"):
         assert len(hits[blind]) >= 3 and max(hits[blind]) <= min(hits["hstu"]) - 0.03
     assert json.dumps(rows)

@@ -21,8 +21,7 @@ BASELINES: Registry = {
 LABELS = {"popularity": "Popularity", "repeat_last": "RepeatLast", "markov": "Markov", "item_knn": "ItemKNN"}
 
 # 24 settings of ItemKNN: what stood near the last few items, over direction, reach and damping; and long
-# memories, from the sequence-aware form to the cosine form. Window 10 is the longest: pairs cost memory, and
-# 20 gained nothing on planted data once the history was long.
+# memories, from the sequence-aware form to the cosine form. Window 10 is the longest, since pairs cost memory.
 GRIDS: dict[str, list[Any]] = {
     "popularity": [PopularityConfig()],
     "repeat_last": [RepeatLastConfig()],
