@@ -7,8 +7,9 @@ Law, for user u with hidden interest z (fixed, one of ``num_interests``), events
 2. The gap between two events is log-uniform between ``shortest_gap`` and ``longest_gap`` seconds. With probability
    ``c(gap) = exp(-gap / memory)`` the next event *continues*, otherwise it *restarts*.
 3. Continuing: the next topic follows an order-2 transition given the topics of the last two events (the second event
-   takes the first for both), the next subtopic an order-1 transition given the last subtopic and the new topic. Both are permutations blurred by a little noise, and
-   the order-2 one is a Latin square: knowing one of the two topics alone says almost nothing.
+   takes the first for both), the next subtopic an order-1 transition given the last subtopic and the new topic. Both
+   are permutations blurred by a little noise, and the order-2 one is a Latin square: knowing one of the two topics
+   alone says almost nothing.
 4. Restarting: the leaf is drawn from the interest's own distribution over leaves (a few favourites).
 
 Switches for later studies: ``actions`` (a like that depends on interest and leaf), ``item_arrival`` (items appear
