@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,9 @@ def claim(
     try:
         if path.exists() and not path.is_dir():
             raise UserError(f"run folder {path} is a file; choose another name")
+        if folder.config.exists() and not _began(folder) and read_hash(folder.config) != digest:
+            with folder.lock():  # not while one is training towards its first checkpoint
+                _forget(folder)  # an attempt that ended before it does not hold the name
         if folder.config.exists():
             _check_same(folder.config, digest, config)
             resumed = True
@@ -138,6 +142,18 @@ def claim(
     except OSError as error:
         raise UserError(f"run folder {path} cannot be written: {error.strerror or error}") from None
     return dataclasses.replace(folder, resumed=resumed)
+
+
+def _began(folder: RunFolder) -> bool:
+    return folder.best.exists() or any(folder.checkpoints.glob("*.pt"))
+
+
+def _forget(folder: RunFolder) -> None:
+    """Removes what a claim and a training that ended before its first checkpoint leave behind, and nothing else."""
+    for path in (folder.metrics, folder.data, folder.env, folder.config):
+        path.unlink(missing_ok=True)
+    for path in (folder.tensorboard, folder.path / "stages", folder.checkpoints):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _claim_data(folder: RunFolder, store: EventStore) -> None:

@@ -42,6 +42,6 @@ def check_schedule(total_steps: int, cfg: ScheduleConfig) -> None:
     """Refuses a warm-up that training would never finish."""
     if cfg.warmup_steps and cfg.warmup_steps >= total_steps:
         raise UserError(
-            f"schedule.warmup_steps is {cfg.warmup_steps} but training has only {total_steps} steps; "
+            f"train.schedule.warmup_steps is {cfg.warmup_steps} but training has only {total_steps} steps; "
             f"it must be below {total_steps}"
         )

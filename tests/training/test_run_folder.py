@@ -36,7 +36,7 @@ def test_the_same_config_resumes_even_if_runtime_fields_differ(tmp_path):
 
 def test_another_config_is_refused_with_both_hashes_and_the_first_differences(tmp_path):
     old = WholeConfig()
-    claim(tmp_path / "run", old)
+    claim(tmp_path / "run", old).best.write_bytes(b"weights")
     new = WholeConfig(seed=2, folder="b", train=TrainConfig(keep_last=9, optimizer=OptimizerConfig(lr=0.5)))
     with pytest.raises(UserError) as caught:
         claim(tmp_path / "run", new)
@@ -46,6 +46,16 @@ def test_another_config_is_refused_with_both_hashes_and_the_first_differences(tm
     many = dataclasses.replace(new, name="y", train=TrainConfig(epochs=99, accumulate=3))
     with pytest.raises(UserError, match=r"\(name x -> y, seed 1 -> 2, train.epochs 10 -> 99 and 1 more\)"):
         claim(tmp_path / "run", many)
+
+
+def test_an_attempt_that_ended_before_its_first_checkpoint_does_not_hold_the_name(tmp_path):
+    first = claim(tmp_path / "run", WholeConfig(seed=1))
+    first.metrics.write_text("{}\n")
+    with first.lock(), pytest.raises(UserError, match="in use by another process"):
+        claim(tmp_path / "run", WholeConfig(seed=2))
+    again = claim(tmp_path / "run", WholeConfig(seed=2))
+    assert not again.resumed and not again.metrics.exists()
+    assert read_hash(again.config) == config_hash(WholeConfig(seed=2))
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
