@@ -193,7 +193,10 @@ def main() -> None:
     if found:
         tuned = [v for v in arguments.variants if v not in LONGER]
         rates = ", ".join(f"{VARIANTS[v][0]} {' '.join(chosen(v)[1:]) or 'as in the quick start'}" for v in tuned)
-        made = {name: sorted({str(row.get(name)) for row in found}) for name in ("cpu", "torch", "threads", "commit")}
+        made = {
+            name: sorted({str(row[name]) for row in found if row.get(name)})
+            for name in ("cpu", "torch", "threads", "commit")
+        }
         (RESULTS / "planted_quality.md").write_text(
             "# The default planted world\n\n`python -m benchmarks.train.quality`. Test targets: the last event of "
             "each of 20,000 users; all 2,000 items ranked; 8 epochs unless said. Learning rates, chosen on validation: "
