@@ -153,40 +153,6 @@ class StepCost:
         return training_flops(self.forward_flops)
 
 
-class FlopCounter:
-    """Adds up steps in a training loop, and is part of its checkpoint.
-
-    >>> counter = FlopCounter()
-    >>> counter.add(StepCost(tokens=10, pairs=55, forward_flops=1000))
-    >>> counter.total.training_flops
-    3000
-    """
-
-    def __init__(self) -> None:
-        self.total = StepCost()
-        self.steps = 0
-
-    def add(self, cost: StepCost) -> None:
-        """Counts one step."""
-        self.total = self.total + cost
-        self.steps += 1
-
-    def state_dict(self) -> dict[str, int]:
-        """Plain integers."""
-        total = self.total
-        return {
-            "steps": self.steps,
-            "tokens": total.tokens,
-            "pairs": total.pairs,
-            "forward_flops": total.forward_flops,
-        }
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Takes what :meth:`state_dict` gave."""
-        self.steps = int(state["steps"])
-        self.total = StepCost(int(state["tokens"]), int(state["pairs"]), int(state["forward_flops"]))
-
-
 # Dense peaks in TFLOP/s, without 2:4 sparsity, from the vendors' data sheets (where a sheet gives only the
 # sparse figure, half of it). The first name contained in the device's own name wins, so the longer names
 # stand first. "bf16" is the 16-bit tensor-core rate (fp16 on V100 and T4, which have no bf16); "tf32" falls

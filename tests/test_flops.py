@@ -103,17 +103,6 @@ def test_heads_training_and_bytes():
     assert flops.lookup_bytes(rows=4, dim=8, itemsize=2) == 64
 
 
-def test_a_counter_adds_up_and_survives_a_checkpoint():
-    counter = flops.FlopCounter()
-    counter.add(flops.StepCost(tokens=3, pairs=6, forward_flops=10))
-    counter.add(flops.StepCost(tokens=1, pairs=1, forward_flops=2))
-    assert counter.total == flops.StepCost(4, 7, 12)
-    assert counter.total.training_flops == 36
-    again = flops.FlopCounter()
-    again.load_state_dict(counter.state_dict())
-    assert (again.total, again.steps) == (counter.total, 2)
-
-
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [

@@ -74,7 +74,6 @@ class TrainLoader:
 
     Attributes:
         users: (n,) int64 users with at least one label.
-        num_skipped: Users with fewer than 2 training events, which give no label.
 
     Raises:
         UserError: Too few users or too small a batch for ``world``, or a layout the log does not fit.
@@ -96,7 +95,6 @@ class TrainLoader:
         self.store, self.split, self.layout, self.batching = store, split, layout, batching
         self.sampler, self.seed, self.rank, self.world = sampler, seed, rank, world
         self.users = np.flatnonzero(split.train_stop >= 2)
-        self.num_skipped = split.train_stop.size - self.users.size
         if self.users.size < world:
             raise UserError(
                 f"{self.users.size} users have 2 training events; {world} ranks need at least one user each"

@@ -60,15 +60,6 @@ class Tuned:
             return f"{label}: validation {METRIC} {value:.4f}"
         return f"{label}: best of {len(self.rows)} settings, validation {METRIC} {value:.4f}: {self.setting}"
 
-    def table(self) -> str:
-        """The grid as text, best first, with what it was chosen on."""
-        if self.rows[0][METRIC] is None:
-            return f"{self.kind}: no validation split, so its default is used: {self.setting}"
-        lines = [f"{self.kind}: validation {METRIC} on {self.rows[0]['users']} targets"]
-        for row in sorted(self.rows, key=lambda row: -row[METRIC]):
-            lines.append(f"  {row[METRIC]:.4f}  {row['setting']}{'  <- chosen' if row['chosen'] else ''}")
-        return "\n".join(lines)
-
 
 @dataclass(frozen=True)
 class _Batches:

@@ -51,15 +51,15 @@ def test_test_targets_do_not_influence_the_choice(world):
 def test_a_draw_of_users_is_stated_and_fixed_by_its_seed(world):
     store, split = world
     tuned = tune("markov", store, split, LAYOUT, False, max_users=15, seed=3)
-    assert tuned.rows[0]["users"] == 15 and "on 15 targets" in tuned.table()
+    assert tuned.rows[0]["users"] == 15
     assert tuned.rows == tune("markov", store, split, LAYOUT, False, max_users=15, seed=3).rows
 
 
-def test_the_table_shows_every_setting_best_first_and_the_chosen_one(world):
+def test_the_headline_names_the_chosen_setting_and_among_how_many(world):
     store, split = world
     tuned = tune("markov", store, split, LAYOUT, False, grid=[MarkovConfig(backoff=w) for w in (0.5, 5.0, 50.0)])
-    lines = tuned.table().splitlines()
-    assert len(lines) == 4 and lines[1].endswith(f"{tuned.setting}  <- chosen")
+    assert "best of 3 settings" in tuned.headline() and tuned.headline().endswith(tuned.setting)
+    assert [row["setting"] for row in tuned.rows if row["chosen"]] == [tuned.setting]
 
 
 def test_without_validation_the_default_is_taken_and_said(world):
@@ -67,7 +67,7 @@ def test_without_validation_the_default_is_taken_and_said(world):
     split = make_split(PaperConfig(), store)
     tuned = tune("item_knn", store, split, LAYOUT, False)
     assert tuned.config == GRIDS["item_knn"][0] and tuned.rows[0]["ndcg@10"] is None
-    assert "no validation split" in tuned.table()
+    assert "no validation split" in tuned.headline()
 
 
 def test_an_unknown_baseline_is_named(world):
