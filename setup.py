@@ -33,7 +33,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "."},
     packages=find_namespace_packages(include=["gr", "gr.*"], exclude=NOT_PACKAGES),
-    package_data={"": ["py.typed", "*.yaml", "*.html.j2"]},
+    package_data={"": ["py.typed", "*.yaml", "*.html.j2", "*.cpp"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton; platform_system == 'Linux'",

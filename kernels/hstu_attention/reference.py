@@ -1,79 +1,19 @@
 """The definition of HSTU attention in plain torch: any float dtype, any device, gradients by autograd.
 
 Works on the padded form ``(B, H, N_q, N_k)``. Every other backend is tested against it, and it runs where no
-faster backend exists; so the plain causal case makes no ``(B, N, N)`` mask, and what depends on the times
-alone is computed once for all layers. README.md in this folder states the formulas; names below follow it.
+faster backend exists. README.md in this folder states the formulas; names below follow it.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Divisor = float | Tensor | Literal["visible"]
-
-# Above 2**53 a float64 no longer holds every integer, so the definition of a bucket ends there.
-_LARGEST_EXACT = 2.0**53
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Mask:
-    """Which (query, key) pairs of one sequence are seen; every field combines with every other.
-
-    A sequence is ``num_contextual`` context tokens, then history, then ``num_targets`` targets.
-
-    Attributes:
-        causal: A token sees only what precedes it, and itself.
-        window: Largest distance of position ids that is seen (the reference's max_attn_len); None is no
-            limit.
-        full_tail: With ``window``: the newest ``full_tail`` history tokens and all targets ignore the window
-            (the reference's min_full_attn_seq_len).
-        num_contextual: ``(B,)`` integers, or None for none.
-        num_targets: ``(B,)`` integers, or None for none.
-        target_group: Targets come in groups of this many consecutive tokens; a target sees its own group
-            (up to itself if causal) and no other. None is 1: a target sees no other target.
-    """
-
-    causal: bool = True
-    window: int | None = None
-    full_tail: int | None = None
-    num_contextual: Tensor | None = None
-    num_targets: Tensor | None = None
-    target_group: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RelativeBias:
-    """Added to a score: ``position_table[p_j - p_i + P - 1] + time_table[bucket(query_times_i -
-    key_times_j)]``.
-
-    Attributes:
-        position_table: ``(2P-1,)`` shared by the heads, or ``(H, 2P-1)``; distances beyond the table use its
-            ends.
-        time_table: ``(num_buckets,)`` shared by the heads, or ``(H, num_buckets)``.
-        key_times: ``(T_kv,)`` int64 seconds; needed with ``time_table``.
-        query_times: ``(T_q,)`` int64 seconds; in the paper's protocol the time of the event to be predicted.
-        bucket_width: Width of a time bucket in units of the natural logarithm (the base is e**width, about
-            1.35).
-        position_ids: "index" counts tokens; "target_clamped" takes the ids of the mask, where all targets
-            share one id and all contextual tokens share id 0.
-        scratch: What a backend derives from the times alone. Copies made by ``dataclasses.replace`` share it,
-            so the layers of a stack, which differ in their tables only, compute the buckets once a batch.
-    """
-
-    position_table: Tensor | None = None
-    time_table: Tensor | None = None
-    key_times: Tensor | None = None
-    query_times: Tensor | None = None
-    bucket_width: float = 0.301
-    position_ids: Literal["index", "target_clamped"] = "index"
-    scratch: dict = field(default_factory=dict, repr=False)
+from gr.kernels.hstu_attention.time_buckets import time_bucket
+from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias, divisor_by_query
 
 
 class _Rows(NamedTuple):
@@ -101,7 +41,7 @@ def _rows(offsets: Tensor, max_seq_len: int) -> _Rows:
     lengths = offsets.diff().long()
     # The batch's own maximum is free to read on the CPU; elsewhere reading it would stall the device. It only
     # sizes the padding and never enters the result.
-    if lengths.device.type == "cpu":
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
         max_seq_len = int(lengths.max()) if lengths.shape[0] else 0
     return _Rows(offsets, lengths, max_seq_len)
 
@@ -115,7 +55,7 @@ def _positions(queries: _Rows, keys: _Rows, delta: bool) -> tuple[Tensor, Tensor
     return q_pos, torch.arange(keys.width, device=device)[None]
 
 
-def _mask_ids(position: Tensor, lengths: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+def mask_ids(position: Tensor, lengths: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
     """Position ids of the mask (README, "Mask").
 
     Returns:
@@ -131,12 +71,12 @@ def _mask_ids(position: Tensor, lengths: Tensor, mask: Mask) -> tuple[Tensor, Te
     return ids, last
 
 
-def _visible(q_pos: Tensor, k_pos: Tensor, lengths: Tensor, mask: Mask) -> Tensor:
+def visible(q_pos: Tensor, k_pos: Tensor, lengths: Tensor, mask: Mask) -> Tensor:
     """``(B or 1, N_q, N_k)`` bool, exact for every query inside its sequence (the others are dropped)."""
     if mask.causal and mask.window is None and mask.num_contextual is None and mask.num_targets is None:
         return k_pos[:, None, :] <= q_pos[:, :, None]
-    q_id, last = _mask_ids(q_pos, lengths, mask)
-    k_id, _ = _mask_ids(k_pos, lengths, mask)
+    q_id, last = mask_ids(q_pos, lengths, mask)
+    k_id, _ = mask_ids(k_pos, lengths, mask)
     q_id, k_id, last = q_id[:, :, None], k_id[:, None, :], last[:, :, None]
     distance = q_id - k_id
     seen = distance > 0 if mask.causal else k_id < last
@@ -174,47 +114,7 @@ def visible_pairs(mask: Mask, q_offsets: Tensor, kv_offsets: Tensor | None = Non
     q_pos, k_pos = _positions(queries, keys, kv_offsets is not None)
     q_inside = torch.arange(queries.width, device=q_offsets.device) < queries.lengths[:, None]
     k_inside = k_pos < keys.lengths[:, None]
-    return _visible(q_pos, k_pos, keys.lengths, mask) & q_inside[:, :, None] & k_inside[:, None, :]
-
-
-@cache
-def _bucket_edges(width: float, num_buckets: int) -> tuple[int, ...]:
-    """Smallest integer of each bucket above 0: look-up by edge equals floor(ln(x) / width) exactly."""
-
-    def bucket(x: int) -> int:
-        return math.floor(math.log(x) / width)
-
-    edges = []
-    for k in range(1, num_buckets):
-        if k * width >= math.log(_LARGEST_EXACT):
-            break
-        x = max(int(math.exp(k * width)), 1)
-        while bucket(x) < k:
-            x += 1
-        while x > 1 and bucket(x - 1) >= k:
-            x -= 1
-        edges.append(x)
-    return tuple(edges)
-
-
-def time_bucket(seconds: Tensor, width: float, num_buckets: int) -> Tensor:
-    """``clamp(floor(ln(max(|x|, 1)) / width), 0, num_buckets - 1)`` of int64 seconds, exact up to 2**53.
-
-    A binary search among the buckets' integer edges: no float rounding, and half the memory of a float64
-    logarithm.
-
-    Returns:
-        int32 of the same shape.
-    """
-    edges = _edge_tensor(width, num_buckets, seconds.device)
-    return torch.bucketize(seconds.abs(), edges, right=True, out_int32=True)
-
-
-@cache
-def _edge_tensor(width: float, num_buckets: int, device: torch.device) -> Tensor:
-    """Made once: a copy to a GPU from pageable memory in each forward would wait for it."""
-    with torch.inference_mode(False):
-        return torch.tensor(_bucket_edges(width, num_buckets), dtype=torch.int64, device=device)
+    return visible(q_pos, k_pos, keys.lengths, mask) & q_inside[:, :, None] & k_inside[:, None, :]
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -226,25 +126,6 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
     flat = index.reshape(-1)
     heads = [row.index_select(0, flat).view(index.shape) for row in (table[None] if table.dim() == 1 else table)]
     return torch.stack(heads, dim=1) if len(heads) > 1 else heads[0][:, None]
-
-
-def _time_buckets(bias: RelativeBias, queries: _Rows, keys: _Rows, q_slots: Tensor, k_slots: Tensor) -> Tensor:
-    num_buckets = bias.time_table.shape[-1]
-    # Identity and version of everything the buckets depend on. (Inference tensors have no version: whoever changes
-    # one in place must make a new RelativeBias, as HSTU does for each forward.)
-    inputs = (bias.query_times, bias.key_times, queries.offsets, keys.offsets)
-    versions = ((id(t), None if t.is_inference() else t._version) for t in inputs)
-    key = (num_buckets, bias.bucket_width, queries.width, keys.width, *versions)
-    found = bias.scratch.get("time_buckets")
-    if found is None or found[0] != key:
-        seconds = (
-            queries.pad(bias.query_times.long(), q_slots)[:, :, None]
-            - keys.pad(bias.key_times.long(), k_slots)[:, None, :]
-        )
-        # The inputs stand beside the key so that they live on and no other tensor can take their ids.
-        found = (key, inputs, time_bucket(seconds, bias.bucket_width, num_buckets))
-        bias.scratch["time_buckets"] = found
-    return found[2]
 
 
 def hstu_attention_reference(
@@ -279,23 +160,29 @@ def hstu_attention_reference(
     if bias is not None and bias.position_table is not None:
         i, j = q_pos, k_pos
         if bias.position_ids == "target_clamped":
-            i, j = _mask_ids(q_pos, keys.lengths, mask)[0], _mask_ids(k_pos, keys.lengths, mask)[0]
+            i, j = mask_ids(q_pos, keys.lengths, mask)[0], mask_ids(k_pos, keys.lengths, mask)[0]
         half = bias.position_table.shape[-1] // 2  # P - 1
         distance = (j[:, None, :] - i[:, :, None] + half).clamp(0, 2 * half)
         scores.add_(_look_up(bias.position_table, distance))
     if bias is not None and bias.time_table is not None:
-        scores.add_(_look_up(bias.time_table, _time_buckets(bias, queries, keys, q_slots, k_slots)))
+        seconds = queries.pad(bias.query_times, q_slots)[:, :, None] - keys.pad(bias.key_times, k_slots)[:, None, :]
+        buckets = time_bucket(seconds, bias.bucket_width, bias.time_table.shape[-1])
+        scores.add_(_look_up(bias.time_table, buckets))
 
-    seen = _visible(q_pos, k_pos, keys.lengths, mask)
-    weights = F.silu(scores).mul_(seen[:, None].to(scores.dtype))
+    seen = visible(q_pos, k_pos, keys.lengths, mask)
+    # Before SiLU, not after: SiLU(0) = 0 is what a masked pair gives, and where its score overflows, 0 times SiLU of it
+    # or SiLU's derivative there would be NaN.
+    weights = F.silu(scores.masked_fill_(~seen[:, None], 0.0))
     out = (weights @ padded_v).transpose(1, 2)  # (B, N_q, H, d_v)
     out = out.reshape(-1, *v.shape[1:]).index_select(0, q_slots)
 
-    if isinstance(divisor, Tensor):
-        if divisor.shape[0] == queries.lengths.shape[0]:
-            divisor = divisor.repeat_interleave(queries.lengths, output_size=q.shape[0])
-        return out / divisor.to(out.dtype)[:, None, None]
-    if divisor == "visible":
+    if isinstance(divisor, str):  # "visible"
         count = seen.sum(-1).clamp(min=1).expand(queries.lengths.shape[0], queries.width)
-        return out / count.reshape(-1).index_select(0, q_slots).to(out.dtype)[:, None, None]
-    return out / divisor
+        divisor = count.reshape(-1).index_select(0, q_slots)
+    else:
+        divisor = divisor_by_query(divisor, queries.lengths, q.shape[0])
+    # In float32 at least: bfloat16 would make a divisor of 4099 into 4096.
+    wide = torch.promote_types(out.dtype, torch.float32)
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(wide)[:, None, None]
+    return (out.to(wide) / divisor).to(out.dtype)

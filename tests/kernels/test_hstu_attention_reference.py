@@ -1,44 +1,22 @@
-"""The definition of HSTU attention against loops over pairs, dense bias, finite differences and itself."""
+"""The definition of HSTU attention: mask, buckets, precision, empty batches (gradients have a file of their own)."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gr.kernels.hstu_attention import Mask, RelativeBias, hstu_attention, visible_pairs
-from gr.kernels.hstu_attention.reference import time_bucket
+from gr.kernels.hstu_attention.time_buckets import bucket_edges, time_bucket
+from hstu_cases import OPTIONS, Case
+from hstu_oracles import loop_bucket, loop_mask, rows_of
 
-
-def loop_ids(length: int, c: int, t: int) -> tuple[list[int], int]:
-    """Position ids of one sequence and the id of its targets, one token at a time."""
-    ids = []
-    for pos in range(length):
-        p = max(pos - c + 1, 0) if c > 0 else pos
-        ids.append(min(p, length - c + 1 - t if c > 0 else length - t))
-    return ids, (length - c + 1 - t if c > 0 else length - t)
-
-
-def loop_mask(length: int, c: int, t: int, causal: bool, window, full_tail, group) -> list[list[bool]]:
-    """The mask of one sequence by its rules, one pair at a time."""
-    ids, last = loop_ids(length, c, t)
-    first_target = length - t
-    seen = [[False] * length for _ in range(length)]
-    for i in range(length):
-        for j in range(length):
-            is_target = j >= first_target
-            ok = i == j or (ids[i] > ids[j] if causal else not is_target)
-            if group and is_target and i >= first_target:
-                ok = ok or ((i - first_target) // group == (j - first_target) // group and (j <= i or not causal))
-            if window:
-                ok = ok and (abs(ids[i] - ids[j]) <= window or (bool(full_tail) and ids[i] >= last - full_tail))
-            if c > 0 and ids[i] == 0 and ids[j] < last:
-                ok = True
-            seen[i][j] = ok
-    return seen
+attention = functools.partial(hstu_attention, backend="reference")
+any_case = st.builds(Case, **{name: st.sampled_from(values) for name, values in OPTIONS.items()})
 
 
 @st.composite
@@ -82,212 +60,127 @@ def test_mask_is_what_the_rules_say_pair_by_pair(case, contextual, targets):
     offsets = offsets_of(row[0] for row in rows)
     dense = visible_pairs(mask_of(rows, options, contextual, targets), offsets, max_seq_len=9)
     for row, (n, c, t) in enumerate(rows):
-        expected = loop_mask(n, c, t, *options.values())
+        expected = loop_mask(n, c, t, Mask(**options))
         assert dense[row, :n, :n].tolist() == expected
         assert int(dense[row].sum()) == sum(map(sum, expected)), "padding must not be seen"
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    cases(),
-    st.sampled_from(["index", "target_clamped"]),
-    st.sampled_from(["fixed", "row", "query", "visible"]),
-)
-def test_operator_is_its_formula_pair_by_pair(case, position_ids, divisor_kind):
-    rows, options = case
-    torch.manual_seed(0)
-    offsets = offsets_of(row[0] for row in rows)
-    total, size = (
-        int(offsets[-1]),
-        4,
-    )  # P = 4 is shorter than the sequences: distances beyond use the table's ends
-    q, k, v = random_qkv(total)
-    position, time = torch.randn(2, 2 * size - 1).double(), torch.randn(12).double()
-    key_times, query_times = torch.randint(0, 200, (2, total))
-    divisor = {
-        "fixed": 7.0,
-        "row": torch.arange(1.0, len(rows) + 1),
-        "query": torch.arange(1.0, total + 1),
-        "visible": "visible",
-    }[divisor_kind]
-    out = hstu_attention(
-        q,
-        k,
-        v,
-        offsets,
-        max_seq_len=9,
-        divisor=divisor,
-        alpha=0.5,
-        mask=mask_of(rows, options),
-        bias=RelativeBias(
-            position_table=position,
-            time_table=time,
-            key_times=key_times,
-            query_times=query_times,
-            position_ids=position_ids,
-        ),
-    )
-    for row, (n, c, t) in enumerate(rows):
-        seen = loop_mask(n, c, t, *options.values())
-        ids = loop_ids(n, c, t)[0] if position_ids == "target_clamped" else list(range(n))
-        start = int(offsets[row])
-        for i in range(n):
-            expected = torch.zeros(2, 4, dtype=torch.float64)
-            for j in range(n):
-                a, b = start + i, start + j
-                seconds = abs(int(query_times[a] - key_times[b]))
-                bucket = min(math.floor(math.log(max(seconds, 1)) / 0.301), 11)
-                place = min(max(ids[j] - ids[i] + size - 1, 0), 2 * size - 2)
-                score = 0.5 * (q[a] * k[b]).sum(-1) + position[:, place] + time[bucket]
-                expected += seen[i][j] * torch.nn.functional.silu(score)[:, None] * v[b]
-            by_row = divisor_kind == "row" or (divisor_kind == "query" and total == len(rows))
-            n_i = {"fixed": 7.0, "visible": max(sum(seen[i]), 1)}.get(divisor_kind) or (
-                row + 1 if by_row else start + i + 1
-            )
-            torch.testing.assert_close(out[start + i], expected / n_i)
-
-
-MASKS = {
-    "causal": {},
-    "window": {"window": 2, "full_tail": 1},
-    "targets": {"num_targets": torch.tensor([2, 0, 1]), "target_group": 2},
-    "all": {
-        "window": 2,
-        "num_targets": torch.tensor([2, 0, 1]),
-        "num_contextual": torch.tensor([1, 0, 2]),
-    },
-    "bidirectional": {"causal": False, "num_targets": torch.tensor([2, 0, 1])},
-}
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-@pytest.mark.parametrize("shared", [True, False], ids=["shared_tables", "table_a_head"])
-def test_gradients_are_right_tables_included(mask, shared):
-    torch.manual_seed(1)
-    offsets = offsets_of([4, 0, 3])
-    q, k, v = random_qkv(7, dim_qk=2, dim_v=2)
-    heads = () if shared else (2,)
-    position = torch.randn(*heads, 5, dtype=torch.float64, requires_grad=True)
-    time = torch.randn(*heads, 6, dtype=torch.float64, requires_grad=True)
-    key_times, query_times = torch.randint(0, 20, (2, 7))
-
-    def run(q, k, v, position, time):
-        bias = RelativeBias(position_table=position, time_table=time, key_times=key_times, query_times=query_times)
-        return hstu_attention(q, k, v, offsets, max_seq_len=4, divisor=3.0, alpha=0.7, mask=Mask(**mask), bias=bias)
-
-    assert torch.autograd.gradcheck(run, (q, k, v, position, time))
-
-
-def test_bias_equals_a_dense_bias_table_gradients_included():
-    torch.manual_seed(2)
-    batch, heads, n = 2, 2, 6
-    offsets = offsets_of([n] * batch)
-    q, k, v = random_qkv(batch * n)
-    position = torch.randn(2 * n - 1, dtype=torch.float64, requires_grad=True)
-    time = torch.randn(heads, 8, dtype=torch.float64, requires_grad=True)
-    times = torch.randint(0, 30, (batch, n))
-    query_times = times + 3
-    grad = torch.randn(batch * n, heads, 4, dtype=torch.float64)
-
-    bias = RelativeBias(
-        position_table=position, time_table=time, key_times=times.flatten(), query_times=query_times.flatten()
-    )
-    out = hstu_attention(q, k, v, offsets, max_seq_len=n, divisor=5.0, alpha=1.0, bias=bias)
-    ours = torch.autograd.grad(out, (q, k, v, position, time), grad)
-
-    dq, dk, dv = (x.view(batch, n, heads, -1).transpose(1, 2) for x in (q, k, v))
-    i, j = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-    seconds = (query_times[:, :, None] - times[:, None, :]).abs().clamp(min=1).double()
-    buckets = (seconds.log() / 0.301).floor().long().clamp(max=7)
-    dense = position[j - i + n - 1] + time[:, buckets].transpose(0, 1)  # (B, H, N, N)
-    weights = torch.nn.functional.silu(dq @ dk.mT + dense) * (j <= i)
-    expected = (weights @ dv).transpose(1, 2).reshape(batch * n, heads, -1) / 5.0
-    torch.testing.assert_close(out, expected)
-    for mine, theirs in zip(ours, torch.autograd.grad(expected, (q, k, v, position, time), grad), strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(cases(), st.data(), st.sampled_from(["index", "target_clamped"]))
-def test_last_rows_as_delta_equal_the_rows_of_the_full_form(case, data, position_ids):
-    rows, options = case
-    torch.manual_seed(3)
-    lengths = [row[0] for row in rows]
-    fresh = [data.draw(st.integers(0, n)) for n in lengths]
-    offsets, q_offsets = offsets_of(lengths), offsets_of(fresh)
-    q, k, v = random_qkv(int(offsets[-1]))
-    times = torch.randint(0, 99, (int(offsets[-1]),))
-    newest = torch.cat([torch.arange(end - new, end) for end, new in zip(offsets[1:].tolist(), fresh, strict=True)])
-    tables = {"position_table": torch.randn(11).double(), "time_table": torch.randn(9).double()}
-    common = {"max_seq_len": 9, "divisor": "visible", "alpha": 0.4, "mask": mask_of(rows, options)}
-
-    def bias(query_times):
-        return RelativeBias(key_times=times, query_times=query_times, position_ids=position_ids, **tables)
-
-    full = hstu_attention(q, k, v, offsets, **common, bias=bias(times + 5))
-    delta = hstu_attention(q[newest], k, v, q_offsets, offsets, **common, bias=bias((times + 5)[newest]))
-    torch.testing.assert_close(delta, full[newest])
-
-
-def test_targets_never_see_each_other_nor_does_history_see_them():
-    torch.manual_seed(4)
-    offsets = offsets_of([7, 5])
-    mask = Mask(num_targets=torch.tensor([3, 2]))
-    q, k, v = random_qkv(12)
-    out = hstu_attention(q, k, v, offsets, max_seq_len=7, divisor=7.0, alpha=1.0, mask=mask)
-    changed_k, changed_v = k.detach().clone(), v.detach().clone()
-    changed_k[5], changed_v[5] = 9.0, 9.0  # the second of three targets of the first row
-    again = hstu_attention(q, changed_k, changed_v, offsets, max_seq_len=7, divisor=7.0, alpha=1.0, mask=mask)
-    others = [i for i in range(12) if i != 5]
-    torch.testing.assert_close(again[others], out[others], rtol=0, atol=0)
-    assert not torch.equal(again[5], out[5])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(any_case.filter(lambda case: case.targets), st.integers(0, 99), st.data())
+def test_targets_of_other_groups_and_history_do_not_see_a_target(case, seed, data):
+    """Bit for bit: whatever a target's key and value are, only its own group, and in it what may see it, moves."""
+    arguments = case.arguments(seed=seed, longest=9)
+    rows = list(rows_of(arguments))
+    targets = [(row, rank) for row in rows for rank in range(row.num_targets)]
+    assume(targets)
+    row, rank = data.draw(st.sampled_from(targets))
+    changed = row.keys[len(row.keys) - row.num_targets + rank]
+    k, v = arguments["k"].detach().clone(), arguments["v"].detach().clone()
+    k[changed], v[changed] = 9.0, 9.0
+    out, again = attention(**arguments), attention(**(arguments | {"k": k, "v": v}))
+    may_move = {
+        query
+        for position, query in enumerate(row.queries, start=row.shift)
+        if (other := position - (len(row.keys) - row.num_targets)) >= 0
+        and other // case.targets == rank // case.targets
+        and (other >= rank or not case.causal)
+    }
+    moved = (again != out).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    assert set(moved) <= may_move
+    own = len(row.keys) - row.num_targets + rank - row.shift
+    assert own < 0 or row.queries[own] in moved, "a target sees itself"
 
 
 @pytest.mark.parametrize("divisor", [9.0, "visible", "length"])
-def test_output_does_not_depend_on_batch_mates(divisor):
+def test_output_does_not_depend_on_batch_mates_whatever_their_lengths(divisor):
     torch.manual_seed(5)
     q, k, v = random_qkv(24)
 
     def run(tokens, lengths, max_seq_len):
         rule = torch.tensor(lengths) if divisor == "length" else divisor
         parts = (x[tokens] for x in (q, k, v))
-        return hstu_attention(*parts, offsets_of(lengths), max_seq_len=max_seq_len, divisor=rule, alpha=1.0)
+        return attention(*parts, offsets_of(lengths), max_seq_len=max_seq_len, divisor=rule, alpha=1.0)
 
     alone = run(slice(0, 4), [4], 4)
     together = run(slice(0, 24), [4, 20], 500)
     torch.testing.assert_close(together[:4], alone, rtol=1e-12, atol=1e-12)
 
 
-def test_buckets_are_exact_at_every_edge_of_int64_seconds():
-    edges = {1, 2, 3, 2**24 + 1, 2**31, 2**53 - 1}
-    for k in range(1, 123):
-        near = int(math.exp(k * 0.301))
-        edges.update(x for x in range(near - 2, near + 3) if 0 < x <= 2**53)
-    seconds = sorted(edges)
-    expected = [min(math.floor(math.log(x) / 0.301), 128) for x in seconds]
-    assert time_bucket(torch.tensor(seconds), 0.301, 129).tolist() == expected
-    assert time_bucket(-torch.tensor(seconds), 0.301, 129).tolist() == expected
-    assert time_bucket(torch.tensor([0, 10**9]), 0.301, 5).tolist() == [0, 4]
-    # 30 years reach bucket 68 or 69 only: the rest of the paper's table is never used.
-    assert time_bucket(torch.tensor([30 * 366 * 86400]), 0.301, 129).tolist() == [68]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_masked_pair_gives_nothing_even_where_its_score_overflows(dtype):
+    """Two targets: the score of one with the other is infinite, of either sign; no NaN, gradients as without it."""
+    large = 2 * torch.finfo(dtype).max ** 0.5  # its square overflows
+    offsets, mask = offsets_of([4]), Mask(num_targets=torch.tensor([2]))
+    torch.manual_seed(8)
+    q, k, v = (x.detach().to(dtype) for x in random_qkv(4, dim_v=3))
+    q[3], q[2], k[2] = 0.0, torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]], dtype=dtype) * large, 0.0
+    k[:2, :, 0] = 0.0  # history's scores with the first target stay small
+    results = []
+    for far in (large, 0.0):
+        key = k.clone()
+        key[3] = far
+        leaf = [x.clone().requires_grad_() for x in (q, key, v)]
+        out = attention(*leaf, offsets, max_seq_len=4, divisor=2.0, alpha=1.0, mask=mask)
+        results.append((out, *torch.autograd.grad(out.sum(), leaf)))
+    assert not torch.tensor(large, dtype=dtype).square().isfinite(), "the score does overflow"
+    assert all(x.isfinite().all() for x in results[0])
+    torch.testing.assert_close(results[0][0][:3], results[1][0][:3], rtol=0, atol=0)
+    for grad in (1, 3):  # of q and v
+        torch.testing.assert_close(results[0][grad][:3], results[1][grad][:3], rtol=0, atol=0)
 
 
-def test_layers_that_share_times_compute_buckets_once_and_never_take_stale_ones():
-    torch.manual_seed(6)
-    offsets = offsets_of([3])
-    q, k, v = random_qkv(3)
-    times, table = torch.tensor([0, 10, 500]), torch.randn(20).double()
-    bias = RelativeBias(time_table=table, key_times=times, query_times=times)
-    common = {"max_seq_len": 3, "divisor": 1.0, "alpha": 1.0}
-    first = hstu_attention(q, k, v, offsets, **common, bias=bias)
-    kept = bias.scratch["time_buckets"][2]
-    hstu_attention(q, k, v, offsets, **common, bias=bias)
-    assert bias.scratch["time_buckets"][2] is kept
-    times += torch.tensor([0, 100, 1000])
-    moved = hstu_attention(q, k, v, offsets, **common, bias=bias)
-    fresh = RelativeBias(time_table=table, key_times=times, query_times=times)
-    torch.testing.assert_close(moved, hstu_attention(q, k, v, offsets, **common, bias=fresh))
-    assert not torch.equal(moved, first)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["number", "row", "query", "visible"])
+def test_a_large_divisor_is_not_rounded_to_the_dtype_of_the_values(dtype, kind):
+    """bfloat16 makes 257 into 256 and 4099 into 4096, float16 4099 into 4100."""
+    n = 257
+    torch.manual_seed(10)
+    values, zeros = torch.randn(n, 1, 64).to(dtype), torch.zeros(n, 1, 1, dtype=dtype)
+    call = {"q_offsets": torch.tensor([0, n]), "max_seq_len": n, "alpha": 1.0, "mask": Mask(causal=False)}
+    call["bias"] = RelativeBias(time_table=torch.ones(1), key_times=torch.zeros(n).long(), query_times=torch.arange(n))
+    whole = attention(zeros, zeros, values, divisor=1.0, **call).float()
+    for number in (257, 4099) if kind != "visible" else (n,):
+        divisor = {"number": number, "row": torch.tensor([number]), "query": torch.full((n,), number)}.get(kind, kind)
+        out = attention(zeros, zeros, values, divisor=divisor, **call)
+        torch.testing.assert_close(out, (whole / number).to(dtype), rtol=0, atol=0)
+
+
+WIDTHS = [0.301, 0.05, 0.25, math.log(2), 1.0, 3.5, 0.004]  # the last is too narrow for a table of leading bits
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("num_buckets", [1, 5, 129, 2048])
+def test_buckets_are_exact_around_every_edge_of_int64_seconds(width, num_buckets):
+    near = {1, 2, 3, 2**24 + 1, 2**31, 2**53 - 1, 2**53, *bucket_edges(width, num_buckets)}
+    near |= {int(math.exp(k * width)) for k in range(1, min(num_buckets, int(36.7 / width)))}
+    seconds = sorted({x + d for x in near for d in (-2, -1, 0, 1, 2) if 0 < x + d <= 2**53})
+    expected = [min(math.floor(math.log(x) / width), num_buckets - 1) for x in seconds]
+    assert time_bucket(torch.tensor(seconds), width, num_buckets).tolist() == expected
+    assert time_bucket(-torch.tensor(seconds), width, num_buckets).tolist() == expected
+    assert time_bucket(torch.tensor([[0]]), width, num_buckets).tolist() == [[0]]
+
+
+def test_thirty_years_reach_bucket_68_and_the_rest_of_the_papers_table_is_never_used():
+    assert time_bucket(torch.tensor([0, 30 * 366 * 86400]), 0.301, 129).tolist() == [0, 68]
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.integers(-(2**53), 2**53), max_size=20), st.floats(0.01, 5.0), st.integers(1, 300))
+def test_buckets_are_the_formula_for_any_seconds_and_width(seconds, width, num_buckets):
+    expected = [min(math.floor(math.log(max(abs(x), 1)) / width), num_buckets - 1) for x in seconds]
+    assert time_bucket(torch.tensor(seconds, dtype=torch.int64), width, num_buckets).tolist() == expected
+
+
+def test_buckets_of_many_values_in_any_layout_are_those_of_each_alone():
+    torch.manual_seed(9)
+    seconds = torch.randint(-(10**8), 10**8, (7, 10_007, 3)).transpose(0, 2)  # more than one chunk, not contiguous
+    some = torch.randint(0, seconds.numel(), (200,))
+    expected = [loop_bucket(int(x), 0.301, 129) for x in seconds.flatten()[some]]
+    assert time_bucket(seconds, 0.301, 129).flatten()[some].tolist() == expected
+    edges = torch.tensor(bucket_edges(0.301, 129))
+    assert torch.equal(
+        time_bucket(seconds, 0.301, 129).long(), torch.bucketize(seconds.abs().contiguous(), edges, right=True)
+    )
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0], [0, 2, 0]], ids=str)
@@ -298,7 +191,7 @@ def test_empty_rows_and_empty_batches_work_forward_and_backward(lengths):
     times = torch.zeros(q.shape[0], dtype=torch.int64)
     bias = RelativeBias(position_table=position, time_table=time, key_times=times, query_times=times)
     mask = Mask(num_targets=torch.ones(len(lengths), dtype=torch.int64))
-    out = hstu_attention(q, k, v, offsets, max_seq_len=2, divisor="visible", alpha=1.0, mask=mask, bias=bias)
+    out = attention(q, k, v, offsets, max_seq_len=2, divisor="visible", alpha=1.0, mask=mask, bias=bias)
     out.sum().backward()
     assert out.shape == (q.shape[0], 2, 4)
     assert all(torch.isfinite(x.grad).all() for x in (q, k, v, position, time))
@@ -311,8 +204,8 @@ def test_low_precision_is_the_definition_up_to_its_rounding(dtype):
     q, k, v = (x.detach() for x in random_qkv(14))
     bias = RelativeBias(position_table=torch.randn(17))
     common = {"max_seq_len": 9, "divisor": 9.0, "alpha": 0.5, "bias": bias}
-    exact = hstu_attention(q, k, v, offsets, **common)
-    low = hstu_attention(q.to(dtype), k.to(dtype), v.to(dtype), offsets, **common)
+    exact = attention(q, k, v, offsets, **common)
+    low = attention(q.to(dtype), k.to(dtype), v.to(dtype), offsets, **common)
     assert low.dtype == dtype
     error = (low.double() - exact).norm() / exact.norm()
     assert error < 4 * torch.finfo(dtype).eps

@@ -1,0 +1,51 @@
+"""Logarithmic buckets of time differences, exact at every integer number of seconds."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# Above 2**53 a float64 no longer holds every integer, so the definition of a bucket ends there.
+LARGEST_EXACT = 2**53
+
+
+def time_bucket(seconds: Tensor, width: float, num_buckets: int) -> Tensor:
+    """``clamp(floor(ln(max(|x|, 1)) / width), 0, num_buckets - 1)`` of int64 seconds, exact up to 2**53.
+
+    A binary search among the buckets' integer edges: no logarithm is rounded.
+
+    Returns:
+        int32 of the same shape.
+    """
+    edges = edge_tensor(width, num_buckets, seconds.device)
+    return torch.bucketize(seconds.abs().contiguous(), edges, right=True, out_int32=True)
+
+
+@cache
+def bucket_edges(width: float, num_buckets: int) -> tuple[int, ...]:
+    """Smallest integer of each bucket above 0: the number of edges <= x is floor(ln(x) / width) exactly."""
+
+    def bucket(x: int) -> int:
+        return math.floor(math.log(x) / width)
+
+    edges = []
+    for k in range(1, num_buckets):
+        if k * width > math.log(LARGEST_EXACT):
+            break
+        x = max(int(math.exp(k * width)), 1)
+        while bucket(x) < k:
+            x += 1
+        while x > 1 and bucket(x - 1) >= k:
+            x -= 1
+        edges.append(x)
+    return tuple(edges)
+
+
+@cache
+def edge_tensor(width: float, num_buckets: int, device: torch.device) -> Tensor:
+    """The edges as int64. Made once: a copy to a GPU from pageable memory in each forward would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(bucket_edges(width, num_buckets), dtype=torch.int64, device=device)
