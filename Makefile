@@ -14,10 +14,10 @@ BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready train test test-all lint bench clean
+.PHONY: help setup ready train test test-all lint bench bench-kernels clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 setup:  ## make or mend the environment
 	@$(call setup_env,)
@@ -44,6 +44,10 @@ lint: ready  ## style and import rules
 
 bench: ready  ## measure training on this machine
 	$(BIN)/python -m benchmarks.train.run $(ARGS)
+
+bench-kernels: ready  ## measure the operators on this machine
+	$(BIN)/python -m benchmarks.kernels.run hstu_attention $(ARGS)
+	$(BIN)/python -m benchmarks.kernels.run sampled_logits $(ARGS)
 
 clean:  ## remove caches and build leftovers; runs/ and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -25,6 +25,7 @@ constexpr int MICRO_ROWS = 6;  // 15 of 16 registers
 #endif
 constexpr int64_t BLOCK_QUERIES = 48;
 constexpr int64_t NUM_CHUNKS = 64;
+constexpr int64_t SUMMED = 64;  // terms added up in one accumulator
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef float LooseVec __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -37,13 +38,14 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 
 // ---- Matrix products ------------------------------------------------------------------------------------------------
 
-// c[r][0 : C * LANES] (+)= sum over p of a[r * a_row + p * a_step] * b[p * b_step + 0 : C * LANES]
+// c[r][0 : C * LANES] (+)= sum over p of a[r * a_row + p * a_step] * b[p * b_step + 0 : C * LANES]. What is added is summed
+// from 0 first: long sums are sums of short ones, which keeps float32 as exact as a library's product.
 template <int R, int C, bool ADD>
 inline void micro(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t depth, float* c,
                   int64_t c_row) {
   Vec sum[R][C];
   for (int r = 0; r < R; ++r)
-    for (int k = 0; k < C; ++k) sum[r][k] = ADD ? load(c + r * c_row + k * LANES) : Vec{};
+    for (int k = 0; k < C; ++k) sum[r][k] = Vec{};
   for (int64_t p = 0; p < depth; ++p) {
     Vec right[C];
     for (int k = 0; k < C; ++k) right[k] = load(b + p * b_step + k * LANES);
@@ -53,7 +55,10 @@ inline void micro(const float* a, int64_t a_row, int64_t a_step, const float* b,
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int k = 0; k < C; ++k) store(c + r * c_row + k * LANES, sum[r][k]);
+    for (int k = 0; k < C; ++k) {
+      float* to = c + r * c_row + k * LANES;
+      store(to, ADD ? load(to) + sum[r][k] : sum[r][k]);
+    }
 }
 
 template <int R, bool ADD>
@@ -354,8 +359,12 @@ void multiply_keys(const Unit& u, int64_t begin, int64_t end, const float* score
   for (int64_t i = begin; i < end; i += MICRO_ROWS) {
     const int64_t rows = std::min<int64_t>(MICRO_ROWS, end - i);
     const int64_t keys = (u.plain ? u.shift + i + rows : u.high) - u.low;
-    product<false>(rows, scores + (i - begin) * stride, stride, 1, right + u.low * width, width, keys,
-                   out + (i - begin) * width, width, width);
+    const float* left = scores + (i - begin) * stride;
+    float* to = out + (i - begin) * width;
+    product<false>(rows, left, stride, 1, right + u.low * width, width, std::min(keys, SUMMED), to, width, width);
+    for (int64_t j = SUMMED; j < keys; j += SUMMED)
+      product<true>(rows, left + j, stride, 1, right + (u.low + j) * width, width, std::min(keys - j, SUMMED), to, width,
+                    width);
   }
 }
 

@@ -91,7 +91,6 @@ def hstu_attention(
         return hstu_attention_reference(q, k, v, q_offsets, kv_offsets, **arguments)
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """The backend to run: the argument, else the environment variable, else the fastest one there is.
 
@@ -114,3 +113,7 @@ def choose_backend(backend: str = "auto", device: str = "cpu", dtype: torch.dtyp
     if name == "native" and native.library() is None:
         raise ValueError(f"{source} must be auto, cpu or reference where nothing can be compiled, got 'native'")
     return name
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the whole compiler (over a second).
+choose_backend._dynamo_marked_constant = True
