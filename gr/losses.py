@@ -1,7 +1,7 @@
 """Objectives over vectors. None of them sees a table, an id or a process group.
 
-S supervised positions, R negatives, D vector size, V items. Every function returns one loss a position, (S,) float32;
-the caller weighs and sums them, and the trainer divides by the global weight.
+S supervised positions, R negatives, D vector size, V items. Every function returns one loss a position, (S,) float32
+(float64 of float64); the caller weighs and sums them, and the trainer divides by the global weight.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COLLISION_LOGIT = -5e4  # what the reference recipe gives a negative that is the positive: e**-5e4 is 0
+from gr.kernels.sampled_logits import sampled_logits, sampled_softmax_loss, softmax_of_logits
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,13 @@ class Losses:
     weight: Tensor
 
 
-def negative_logits(query: Tensor, negatives: Tensor) -> Tensor:
-    """(S, R) inner products of (S, D) with shared (R, D) or per-position (S, R, D) negatives."""
+def negative_logits(query: Tensor, negatives: Tensor, index: Tensor | None = None) -> Tensor:
+    """(S, R) inner products of (S, D) with shared (R, D), per-position (S, R, D) or indexed negatives.
+
+    With ``index`` (S, R) the negatives of position s are the rows ``index[s]`` of (U, D): no (S, R, D) tensor is made.
+    """
+    if index is not None:
+        return sampled_logits(query, negatives.to(query.dtype), index)
     if negatives.dim() == 2:
         return query @ negatives.T
     return torch.bmm(negatives, query.unsqueeze(2)).squeeze(2)
@@ -45,6 +50,7 @@ def sampled_softmax(
     *,
     scale: float,
     collision: Tensor,
+    index: Tensor | None = None,
     log_q: Tensor | None = None,
     positive_log_q: Tensor | None = None,
 ) -> Tensor:
@@ -57,35 +63,44 @@ def sampled_softmax(
     Args:
         query: (S, D), normalised by the caller where the similarity asks for it.
         positive: (S, D).
-        negatives: (R, D) or (S, R, D).
+        negatives: (R, D) or (S, R, D), or (U, D) with ``index``.
         scale: Inverse temperature.
         collision: (S, R) bool, negatives that are the position's own label.
+        index: (S, R) int64, rows of ``negatives``.
         log_q: (R,) or (S, R).
         positive_log_q: (S,).
     """
-    own = (query * positive).sum(-1, keepdim=True).float() * scale
-    others = negative_logits(query, negatives).float() * scale
-    if log_q is not None:
-        others = others - log_q
-    if positive_log_q is not None:
-        own = own - positive_log_q.unsqueeze(1)
-    logits = torch.cat([own, others.masked_fill(collision, COLLISION_LOGIT)], dim=1)
-    return torch.logsumexp(logits, dim=1) - own.squeeze(1)
+    query = query * scale  # S D products; of the logits it would be S R
+    rest = {"collision": collision, "log_q": log_q, "positive_log_q": positive_log_q}
+    if index is not None:
+        return sampled_softmax_loss(query, positive, negatives.to(query.dtype), index, **rest)
+    return softmax_of_logits((query * positive).sum(-1), negative_logits(query, negatives), **rest)
 
 
 def full_softmax(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy over the whole catalogue: logits (S, V), target (S,) int64."""
-    return F.cross_entropy(logits.float(), target, reduction="none")
+    return F.cross_entropy(_exact(logits), target, reduction="none")
 
 
 def binary_cross_entropy(
-    query: Tensor, positive: Tensor, negatives: Tensor, *, scale: float, collision: Tensor
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    *,
+    scale: float,
+    collision: Tensor,
+    index: Tensor | None = None,
 ) -> Tensor:
     """SASRec's loss (Kang and McAuley 2018, network training), with the mean over negatives in place of their sum.
 
     Shapes as in ``sampled_softmax``. Collisions are left out of the average.
     """
-    own = (query * positive).sum(-1).float() * scale
-    others = negative_logits(query, negatives).float() * scale
-    kept = (~collision).float()
+    own = _exact((query * positive).sum(-1)) * scale
+    others = _exact(negative_logits(query, negatives, index)) * scale
+    kept = (~collision).to(others.dtype)
     return F.softplus(-own) + (F.softplus(others) * kept).sum(1) / kept.sum(1).clamp(min=1.0)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -30,7 +30,7 @@ def slow_sampled(query, table, target, drawn, scale, log_q=None):
                 correction = 0.0 if log_q is None else log_q[item].item()
                 terms.append(scale * float(query[s] @ table[item]) - correction)
         losses.append(math.log(sum(math.exp(t) for t in terms)) - own)
-    return torch.tensor(losses)
+    return torch.tensor(losses, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -46,6 +46,14 @@ def test_sampled_softmax_is_its_definition(shared, corrected):
     torch.testing.assert_close(
         got.double(), slow_sampled(query, table, target, drawn, 2.0, log_q).double(), rtol=1e-5, atol=1e-6
     )
+
+
+def test_indexed_negatives_are_those_they_point_to():
+    query, table, target, drawn = vectors(3)
+    gathered = {"scale": 2.0, "collision": target[:, None] == drawn}
+    for loss in (sampled_softmax, binary_cross_entropy):
+        expected = loss(query, table[target], table[drawn], **gathered)
+        torch.testing.assert_close(loss(query, table[target], table, **gathered, index=drawn), expected)
 
 
 def test_sampled_softmax_over_every_other_item_is_the_full_softmax():
@@ -97,3 +105,12 @@ def test_a_collision_changes_nothing_in_a_sampled_softmax():
     plain = sampled_softmax(query, table[target], table[drawn], collision=target[:, None] == drawn, **args)
     copied = sampled_softmax(query, table[target], table[with_copy], collision=target[:, None] == with_copy, **args)
     torch.testing.assert_close(plain, copied)
+
+
+def test_a_loss_of_float64_is_made_in_float64():
+    query, table, target, drawn = vectors(6)
+    given = {"scale": 20.0, "collision": target[:, None] == drawn}
+    for index, negatives in ((drawn, table), (None, table[drawn])):
+        got = sampled_softmax(query, table[target], negatives, **given, index=index)
+        torch.testing.assert_close(got, slow_sampled(query, table, target, drawn, 20.0), rtol=1e-10, atol=1e-12)
+    assert binary_cross_entropy(query, table[target], table, **given, index=drawn).dtype == torch.float64

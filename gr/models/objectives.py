@@ -96,6 +96,12 @@ def _collision(batch: JaggedBatch) -> Tensor:
     return batch.labels.item_id.unsqueeze(1) == batch.negatives.ids
 
 
+def _index(vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor | None:
+    """(S, R) rows of the negative vectors where these are the whole catalogue's, else None."""
+    assert batch.negatives is not None
+    return batch.negatives.ids if vectors["negative"].dim() < batch.negatives.ids.dim() + 1 else None
+
+
 def _full_softmax(cfg: FullSoftmaxConfig) -> ObjectiveFunction:
     def run(model: Scorer, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
         logits = model.logits(query, (0, model.num_items))
@@ -113,6 +119,7 @@ def _sampled(cfg: SampledSoftmaxConfig | InBatchConfig) -> ObjectiveFunction:
             vectors["negative"],
             scale=model.similarity.scale,
             collision=_collision(batch),
+            index=_index(vectors, batch),
             log_q=drawn.log_q if cfg.correct else None,
             positive_log_q=drawn.positive_log_q if cfg.correct else None,
         )
@@ -123,7 +130,12 @@ def _sampled(cfg: SampledSoftmaxConfig | InBatchConfig) -> ObjectiveFunction:
 def _bce(cfg: BCEConfig) -> ObjectiveFunction:
     def run(model: Scorer, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
         return losses.binary_cross_entropy(
-            query, vectors["label"], vectors["negative"], scale=model.similarity.scale, collision=_collision(batch)
+            query,
+            vectors["label"],
+            vectors["negative"],
+            scale=model.similarity.scale,
+            collision=_collision(batch),
+            index=_index(vectors, batch),
         )
 
     return run

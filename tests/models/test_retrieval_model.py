@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from gr.data.layout import LayoutConfig, evaluation_batch, training_batch
+from gr.data.loader import BatchingConfig, TrainLoader
+from gr.data.negatives import make_sampler
 from gr.data.split import LeaveOneOutConfig, make_split
 from gr.data.store import memory_store
-from gr.models.objectives import FullSoftmaxConfig, SampledSoftmaxConfig
+from gr.models.objectives import BCEConfig, FullSoftmaxConfig, SampledSoftmaxConfig
 from gr.models.retrieval import ModelConfig, RetrievalModel
 from gr.modules.encoders import ENCODERS
 from gr.modules.similarity import SimilarityConfig
@@ -82,21 +84,38 @@ def test_tokens_labels_and_negatives_are_looked_up_at_once_and_full_range_scores
     model = make_model(ENCODER_CASES["paper"], layout, SampledSoftmaxConfig(num_negatives=3))
     calls = []
     model.tables.register_forward_pre_hook(lambda module, args: calls.append(args[0]))
-    from gr.data.loader import BatchingConfig, TrainLoader
-    from gr.data.negatives import make_sampler
-
     sampler = make_sampler(SampledSoftmaxConfig(num_negatives=3).negatives(), store, split)
     batch = TrainLoader(store, split, layout, BatchingConfig(batch_size=8), sampler, 0).batch(0, 0, 0)
     model(batch)
     assert len(calls) == 1
     supervised = batch.labels.item_id.numel()
-    assert calls[0]["item"].numel() == batch.num_tokens + supervised + 3 * supervised
+    assert 3 * supervised > 40, "more draws than items: each item is looked up once"
+    assert calls[0]["item"].numel() == batch.num_tokens + supervised + 40
 
     batch = evaluation_batch(store, split.test, np.arange(5), layout)
     score = model.scorer(batch)
     parts = torch.cat([score((lo, lo + 10)) for lo in range(0, 40, 10)], dim=1)
     torch.testing.assert_close(parts, model.scores(batch, (0, 40)))
     torch.testing.assert_close(model.recommend(batch, 5).scores, parts.topk(5).values)
+
+
+@pytest.mark.parametrize("objective", [SampledSoftmaxConfig(num_negatives=3), BCEConfig(num_negatives=3)])
+def test_the_loss_is_the_same_whether_draws_are_looked_up_or_index_the_catalogue(objective):
+    store, split = world()
+    layout = LayoutConfig("items", 30)
+    model = make_model(ENCODER_CASES["paper"], layout, objective).double().eval()
+    sampler = make_sampler(objective.negatives(), store, split)
+    batch = TrainLoader(store, split, layout, BatchingConfig(batch_size=8), sampler, 0).batch(0, 0, 0)
+    table = model.tables.weights["item"]
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        loss = model(batch).total
+        return loss.detach(), torch.autograd.grad(loss, table)[0]
+
+    indexed = run()
+    model.num_items = batch.negatives.ids.numel() + 1
+    for one, other in zip(indexed, run(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_excluded_items_are_not_recommended_and_too_few_leave_minus_one():
@@ -137,16 +156,13 @@ class HashedTables(nn.Module):
 
 
 def test_ids_above_two_to_the_24_and_31_reach_the_tables_as_they_are():
-    from gr.data.loader import BatchingConfig, TrainLoader
-    from gr.data.negatives import make_sampler
-
     ids = np.array([2**24 + 1, 2**24 + 3, 2**31 + 1, 2**33 + 5, 2**40 - 1])
     store = memory_store([ids[[i % 5, (i + 1) % 5, (i + 2) % 5, (i + 3) % 5, (i + 4) % 5]] for i in range(6)],
                          [np.arange(5) * 100 for _ in range(6)], num_items=2**40)  # fmt: skip
     split = make_split(LeaveOneOutConfig(), store)
     layout = LayoutConfig("items", 8)
     model = make_model(ENCODER_CASES["paper"], layout, SampledSoftmaxConfig(num_negatives=50), num_items=40)
-    model.tables = HashedTables(16)
+    model.tables, model.num_items = HashedTables(16), store.num_items
     sampler = make_sampler(SampledSoftmaxConfig(num_negatives=50).negatives(), store, split)
     batch = TrainLoader(store, split, layout, BatchingConfig(batch_size=8), sampler, 0).batch(0, 0, 0)
     model(batch)
