@@ -106,7 +106,11 @@ class RetrievalModel(nn.Module):
         assert labels is not None, "a training batch has labels"
         extra = {}
         if batch.negatives is not None:
-            extra = {"label": labels.item_id, "negative": batch.negatives.ids}
+            drawn = batch.negatives.ids
+            # More draws than items: every item is looked up (and normalised) once, and the draws index them.
+            if drawn.dim() == 2 and drawn.numel() >= self.num_items:
+                drawn = torch.arange(self.num_items, device=drawn.device)
+            extra = {"label": labels.item_id, "negative": drawn}
         encoded, vectors = self.encode(batch, extra)
         query = self.similarity.query(encoded[labels.position])
         vectors = {name: self.similarity.item(vector) for name, vector in vectors.items()}
@@ -133,8 +137,13 @@ class RetrievalModel(nn.Module):
     @torch.no_grad()
     def query(self, batch: JaggedBatch) -> Tensor:
         """(B, D) prepared query of each row's last token."""
-        encoded, _ = self.encode(batch)
-        return self.similarity.query(encoded[batch.last_positions()])
+        request = {"item": batch.tokens["item_id"]}
+        if self.layout != "items":
+            request["action"] = batch.tokens["action"]
+        x = self.preprocessor(self.tables(request), batch)
+        if hasattr(self.encoder, "last"):
+            return self.similarity.query(self.encoder.last(x, batch))
+        return self.similarity.query(self.encoder(x, batch)[batch.last_positions()])
 
     @torch.no_grad()
     def scorer(self, batch: JaggedBatch) -> Callable[[tuple[int, int]], Tensor]:

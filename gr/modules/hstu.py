@@ -207,16 +207,33 @@ class HSTULayer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(T, D)`` -> U ``(T, H*d_v)``, V ``(T, H, d_v)``, Q and K ``(T, H, d_qk)``."""
+        u, v, q, k = self._parts(self._normed(x), "uvqk")
+        return u, v, q, k
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.dim,), *_weights(self.input_norm), eps=NORM_EPS)
+
+    def _parts(self, normed: Tensor, names: str) -> list[Tensor]:
+        """Some of U, V, Q, K, named by letters of "uvqk" in this order, in the shapes of :meth:`project`."""
         config = self.config
-        normed = F.layer_norm(x, (self.dim,), *_weights(self.input_norm), eps=NORM_EPS)
-        uvqk = self.uvqk(normed)
-        if set(config.activated) == set("uvqk"):
-            u, v, q, k = F.silu(uvqk).split(self.splits, dim=1)
+        widths = [width for name, width in zip("uvqk", self.splits, strict=True) if name in names]
+        values = self.uvqk(normed) if names == "uvqk" else F.linear(normed, *self._rows(names))
+        if set(names) <= set(config.activated):
+            # A layer's largest tensor: without gradients there is one of it, not two.
+            parts = F.silu(values, inplace=not torch.is_grad_enabled()).split(widths, dim=1)
         else:
-            parts = zip("uvqk", uvqk.split(self.splits, dim=1), strict=True)
-            u, v, q, k = (F.silu(part) if name in config.activated else part for name, part in parts)
-        heads = config.num_heads
-        return u, v.unflatten(1, (heads, -1)), q.unflatten(1, (heads, -1)), k.unflatten(1, (heads, -1))
+            each = zip(names, values.split(widths, dim=1), strict=True)
+            parts = [F.silu(part) if name in config.activated else part for name, part in each]
+        each = zip(names, parts, strict=True)
+        return [part if name == "u" else part.unflatten(1, (config.num_heads, -1)) for name, part in each]
+
+    def _rows(self, names: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of some of U, V, Q, K."""
+        wanted = ["uvqk".index(name) for name in names]
+        both = (self.uvqk.weight, self.uvqk.bias)
+        parts = (None if whole is None else whole.split(self.splits) for whole in both)
+        weight, bias = (None if part is None else torch.cat([part[i] for i in wanted]) for part in parts)
+        return weight, bias
 
     def combine(self, x: Tensor, u: Tensor, av: Tensor) -> Tensor:
         """Residual ``x`` ``(T, D)``, gate ``(T, H*d_v)``, attention ``(T, H, d_v)`` -> ``(T, D)``."""
@@ -243,13 +260,45 @@ class HSTULayer(nn.Module):
         return dataclasses.replace(shared, position_table=self.position_table, time_table=self.time_table)
 
     def forward(self, x: Tensor, batch: Any, mask: Mask, divisor: Any, shared: RelativeBias) -> Tensor:
-        config = self.config
         u, v, q, k = self.project(x)
-        av = hstu_attention(
+        return self.combine(x, u, self._attend(q, k, v, batch.offsets, None, batch, mask, divisor, shared))
+
+    def last(self, x: Tensor, batch: Any, mask: Mask, divisor: Any, shared: RelativeBias) -> Tensor:
+        """:meth:`forward` at the last token of each row alone, ``(B, D)``; no row may be empty.
+
+        All tokens are still keys and values; a single query a row is the operator's delta form.
+        """
+        at = batch.offsets[1:] - 1
+        normed = self._normed(x)
+        v, k = self._parts(normed, "vk")
+        u, q = self._parts(normed.index_select(0, at), "uq")
+        if isinstance(divisor, Tensor):
+            divisor = divisor.index_select(0, at)
+        if shared.query_times is not None:
+            shared = dataclasses.replace(shared, query_times=shared.query_times.index_select(0, at))
+        queries = torch.arange(at.shape[0] + 1, dtype=batch.offsets.dtype, device=at.device)
+        av = self._attend(q, k, v, queries, batch.offsets, batch, mask, divisor, shared)
+        return self.combine(x.index_select(0, at), u, av)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_offsets: Tensor,
+        kv_offsets: Tensor | None,
+        batch: Any,
+        mask: Mask,
+        divisor: Any,
+        shared: RelativeBias,
+    ) -> Tensor:
+        config = self.config
+        return hstu_attention(
             q,
             k,
             v,
-            batch.offsets,
+            q_offsets,
+            kv_offsets,
             max_seq_len=batch.max_seq_len,
             divisor=divisor,
             alpha=config.alpha,
@@ -258,7 +307,6 @@ class HSTULayer(nn.Module):
             deterministic=config.deterministic,
             backend=config.backend,
         )
-        return self.combine(x, u, av)
 
 
 class HSTU(nn.Module):
@@ -318,6 +366,23 @@ class HSTU(nn.Module):
         Raises:
             UserError: A time bias without times, or sequences longer than ``max_tokens``.
         """
+        shared = self._shared(batch, x.shape[0])
+        for layer in self.layers:
+            x = layer(x, batch, *shared)
+        return x
+
+    def last(self, x: Tensor, batch: Any) -> Tensor:
+        """``(B, D)``, :meth:`forward` at the last token of each row; no row may be empty.
+
+        The same but for rounding, and about a layer's cost cheaper: the last layer makes one query a row.
+        """
+        shared = self._shared(batch, x.shape[0])
+        for layer in self.layers[:-1]:
+            x = layer(x, batch, *shared)
+        return self.layers[-1].last(x, batch, *shared)
+
+    def _shared(self, batch: Any, num_tokens: int) -> tuple[Mask, Any, RelativeBias]:
+        """What all layers share: mask, divisor, and the bias without its tables."""
         config = self.config
         if config.position_bias and batch.max_seq_len > self.max_tokens:
             raise UserError(
@@ -335,10 +400,10 @@ class HSTU(nn.Module):
         mask = self.mask(batch)
         divisor: Any = config.divisor
         if divisor == "length":
-            divisor = batch.offsets.diff().clamp(min=1)
-        for layer in self.layers:
-            x = layer(x, batch, mask, divisor, shared)
-        return x
+            # (T, 1) is one entry a query whatever T is; (B,) would be ambiguous where B = T.
+            lengths = batch.offsets.diff()
+            divisor = lengths.clamp(min=1).repeat_interleave(lengths, output_size=num_tokens)[:, None]
+        return mask, divisor, shared
 
     def forward_flops(self, tokens: int, pairs: int) -> dict[str, int]:
         """FLOPs by component (:mod:`gr.flops`)."""

@@ -66,10 +66,17 @@ class _Padding:
     width: int
     slots: Tensor  # (T,) int64
     mask: Tensor | None  # (B, 1, N, N) bool; None: causal
+    lengths: Tensor  # (B,) int64
 
     def pad(self, x: Tensor) -> Tensor:
         padded = x.new_zeros((self.batch * self.width, *x.shape[1:]))
         return padded.index_copy(0, self.slots, x).view(self.batch, self.width, *x.shape[1:])
+
+    def last_mask(self) -> Tensor:
+        """``(B, 1, 1, N)`` bool, the keys that each row's last token sees."""
+        if self.mask is None:
+            return (torch.arange(self.width, device=self.lengths.device) < self.lengths[:, None])[:, None, None]
+        return self.mask.take_along_dim((self.lengths - 1)[:, None, None, None], dim=2)
 
 
 def _padding(batch: Any, num_tokens: int) -> _Padding:
@@ -79,12 +86,12 @@ def _padding(batch: Any, num_tokens: int) -> _Padding:
     slots = torch.arange(num_tokens, device=device) + shift.repeat_interleave(offsets.diff(), output_size=num_tokens)
     targets, contextual = batch.rows.get("num_targets"), batch.rows.get("num_contextual")
     if targets is None and contextual is None:
-        return _Padding(rows, width, slots, None)
+        return _Padding(rows, width, slots, None, offsets.diff())
     seen = visible_pairs(Mask(num_targets=targets, num_contextual=contextual), offsets, max_seq_len=width)
     # A softmax over nothing is NaN: padding queries see themselves, and nobody reads them.
     mask = torch.eye(width, dtype=torch.bool, device=device).repeat(rows, 1, 1)
     mask[:, : seen.shape[1], : seen.shape[2]] |= seen
-    return _Padding(rows, width, slots, mask[:, None])
+    return _Padding(rows, width, slots, mask[:, None], offsets.diff())
 
 
 class TransformerBlock(nn.Module):
@@ -110,12 +117,18 @@ class TransformerBlock(nn.Module):
             for linear in (self.query, self.key_value):
                 nn.init.normal_(linear.weight, std=(2.0 / (4 * dim)) ** 0.5)
 
-    def forward(self, x: Tensor, padding: _Padding) -> Tensor:
+    def forward(self, x: Tensor, padding: _Padding, last: Tensor | None = None) -> Tensor:
+        """``(T, D)`` -> ``(T, D)``, or ``(B, D)`` if only the tokens ``last`` (B,), the last of each row, are wanted.
+
+        All tokens are keys and values either way.
+        """
         normed = self.attention_norm(x)
         # SASRec's keys and values come from the raw vectors, and its residual from the normalised ones.
         sasrec = self.config.block == "sasrec"
-        attended = self._attention(normed, x if sasrec else normed, padding)
-        x = (normed if sasrec else x) + attended
+        memory = x if sasrec else normed
+        if last is not None:
+            normed, x = normed.index_select(0, last), x.index_select(0, last)
+        x = (normed if sasrec else x) + self._attention(normed, memory, padding, last is not None)
         normed = self.ffn_norm(x)
         hidden = self.ffn_in(normed)
         hidden = F.relu(hidden) if self.config.activation == "relu" else F.gelu(hidden)
@@ -123,20 +136,21 @@ class TransformerBlock(nn.Module):
         update = F.dropout(self.ffn_out(hidden), self.config.dropout, self.training)
         return (normed if sasrec else x) + update
 
-    def _attention(self, query: Tensor, memory: Tensor, padding: _Padding) -> Tensor:
+    def _attention(self, query: Tensor, memory: Tensor, padding: _Padding, last: bool) -> Tensor:
         heads, width = self.config.num_heads, query.shape[1]
-        parts = (self.query(query), *self.key_value(memory).split(width, dim=1))
-        q, k, v = (padding.pad(part.view(-1, heads, width // heads)).transpose(1, 2) for part in parts)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=padding.mask,
-            dropout_p=self.config.dropout if self.training else 0.0,
-            is_causal=padding.mask is None,
+        q, k, v = (
+            part.view(-1, heads, width // heads)
+            for part in (self.query(query), *self.key_value(memory).split(width, dim=1))
         )
-        out = out.transpose(1, 2).reshape(padding.batch * padding.width, width)
-        return self.out(out.index_select(0, padding.slots))
+        q = q[:, None] if last else padding.pad(q)
+        out = F.scaled_dot_product_attention(
+            *(part.transpose(1, 2) for part in (q, padding.pad(k), padding.pad(v))),
+            attn_mask=padding.last_mask() if last else padding.mask,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            is_causal=padding.mask is None and not last,
+        )
+        out = out.transpose(1, 2).reshape(-1, width)
+        return self.out(out if last else out.index_select(0, padding.slots))
 
 
 class Transformer(nn.Module):
@@ -158,6 +172,13 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer(x, padding)
         return self.norm(x)
+
+    def last(self, x: Tensor, batch: Any) -> Tensor:
+        """``(B, D)``, :meth:`forward` at the last token of each row but for rounding; no row may be empty."""
+        padding = _padding(batch, x.shape[0])
+        for layer in self.layers[:-1]:
+            x = layer(x, padding)
+        return self.norm(self.layers[-1](x, padding, batch.offsets[1:] - 1))
 
     def pairs(self, batch: Any) -> int:
         """(query, key) pairs that the causal mask leaves, exactly."""

@@ -14,7 +14,7 @@ from gr.data.loader import EvalLoader
 from gr.data.split import LeaveOneOutConfig, make_split
 from gr.errors import UserError
 from gr.evaluation.metrics import means, per_target, summarise
-from gr.evaluation.ranking import rank_targets, seen_mask
+from gr.evaluation.ranking import rank_targets, seen_mask, seen_pairs
 from gr.evaluation.saved_ranks import load_ranks, save_ranks
 
 LAYOUT = LayoutConfig(max_events=3)
@@ -106,6 +106,38 @@ def test_a_target_that_was_seen_is_a_miss_where_seen_items_are_masked(make_store
     unmasked = rank_targets(Fixed(table), EvalLoader(store, split.test, LAYOUT), mask_seen=False)
     assert (unmasked.better.tolist(), unmasked.candidates.tolist()) == ([2], [5])
     assert seen_mask(store, split.test.user, split.test.position).tolist() == [[False, True, True, True, False]]
+
+
+def test_seen_items_are_each_event_once_by_table_and_by_sorting(make_store, random_users, monkeypatch):
+    store = make_store([[2, 2, 1, 2, 1], [0], *random_users(9, 4)], 4)  # 4 items: most events repeat one
+    user = np.array([3, 0, 1, 7, 0])
+    length = np.diff(store.offsets)[user]
+    position = np.array([length[0], 4, 0, length[3] - 1, 5])
+    expected = sorted(
+        {
+            (row, int(item))
+            for row, (u, p) in enumerate(zip(user, position, strict=True))
+            for item in store.columns["item_id"][store.offsets[u] : store.offsets[u] + p]
+        }
+    )
+    for limit in (1000, 0):
+        monkeypatch.setattr("gr.evaluation.ranking.TABLE_PAIRS", limit)
+        row, item = seen_pairs(store, user, position)
+        assert row.tolist() == sorted(row.tolist())
+        assert sorted(zip(row.tolist(), item.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("block", [2, 100])
+def test_infinities_of_both_signs_are_no_nan(make_store, block):
+    store = make_store([[0, 3, 4, 2], [1, 0, 3, 2]], 5)
+    split = make_split(LeaveOneOutConfig(), store)
+    table = torch.tensor([[torch.inf, 1.0, 1.0, -torch.inf, torch.inf], [0.0, -torch.inf, -torch.inf, 5.0, 2.0]])
+    for mask_seen in (False, True):
+        ranks = rank_targets(Fixed(table), EvalLoader(store, split.test, LAYOUT), mask_seen, block=block)
+        better, tied, candidates = slow_counts(store, split.test, table, mask_seen)
+        np.testing.assert_array_equal(ranks.better, better)
+        np.testing.assert_array_equal(ranks.tied, tied)
+        np.testing.assert_array_equal(ranks.candidates, candidates)
 
 
 def test_infinite_scores_are_compared_like_others(make_store):

@@ -20,6 +20,10 @@ def test_first_losses_are_the_golden_ones(case):
         np.testing.assert_allclose(got, golden, rtol=1e-4)
 
 
+def test_compiled_operators_give_the_golden_losses_to_rounding():
+    np.testing.assert_allclose(losses("hstu_paper", native=True), read("hstu_paper")[1], rtol=1e-4)
+
+
 def test_every_golden_file_has_its_case_and_falls():
     assert {path.stem for path in FOLDER.glob("*.txt")} == set(CASES)
     for case in CASES:

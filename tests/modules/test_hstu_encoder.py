@@ -202,6 +202,48 @@ def test_gradients_reach_every_parameter_and_an_empty_batch_is_no_error(encoder)
     assert encoder(torch.zeros(0, 6), make_batch([], max_seq_len=0)).shape == (0, 6)
 
 
+LAST_CASES = ENCODER_CASES | {
+    "paper_length": ("hstu", small(divisor="length", num_layers=3)),
+    "paper_window": ("hstu", small(window=3, full_tail=2, target_group=2)),
+    "paper_one_layer": ("hstu", small(num_layers=1, activated="vq", uvqk_bias=True)),
+    "paper_not_causal": ("hstu", small(causal=False)),
+    "paper_clamped": ("hstu", small(position_ids="target_clamped")),
+    "dlrm_v3_biased": ("hstu", small("dlrm_v3", position_bias=True, time_bias=True, contextual_mask=True)),
+}
+
+
+@pytest.mark.parametrize("rows", [{}, {"num_targets": [2, 0, 1, 3], "num_contextual": [1, 0, 0, 2]}])
+@pytest.mark.parametrize(("kind", "config"), LAST_CASES.values(), ids=LAST_CASES.keys())
+def test_the_last_tokens_alone_are_those_of_the_whole_output(kind, config, rows):
+    encoder = shaken(ENCODERS[kind][1](config, 6, 12))
+    torch.manual_seed(5)
+    batch = make_batch([4, 1, 5, 12], **rows)
+    x = torch.randn(22, 6, dtype=torch.float64)
+    whole, last = encoder(x, batch), encoder.last(x, batch)
+    torch.testing.assert_close(last, whole[batch.offsets[1:] - 1])
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.last(x, batch), last)
+
+
+@pytest.mark.parametrize("lengths", [[0, 2], [1, 1, 1], [2, 1, 0]])
+def test_a_sequences_length_divides_where_there_are_as_many_rows_as_tokens(lengths):
+    encoder = shaken(build_hstu(small(divisor="length"), 6, 12))
+    torch.manual_seed(6)
+    x = torch.randn(sum(lengths), 6, dtype=torch.float64)
+    expected = torch.cat(
+        [
+            shaken(build_hstu(small(divisor=float(n)), 6, 12))(part, make_batch([n]))
+            for part, n in zip(x.split(lengths), lengths, strict=True)
+            if n
+        ]
+    )
+    batch = make_batch(lengths)
+    batch.tokens = {  # each sequence's own, as in the batches of one
+        name: torch.cat([make_batch([n]).tokens[name] for n in lengths if n]) for name in batch.tokens
+    }
+    torch.testing.assert_close(encoder(x, batch), expected)
+
+
 def test_contextual_tokens_are_ordinary_in_the_production_preset_as_shipped():
     batch = make_batch([6], num_contextual=[2])
     assert build_hstu(small("dlrm_v3"), 6, 12).mask(batch).num_contextual is None
