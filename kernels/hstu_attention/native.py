@@ -16,6 +16,7 @@ from gr.kernels import native
 from gr.kernels.hstu_attention.time_buckets import edge_tensor
 from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias, divisor_by_query
 
+_SOURCE = Path(__file__).with_name("native.cpp")
 _SLACK = 16  # entries behind a position table that a vector load may touch
 
 _INTEGERS, _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -41,7 +42,7 @@ class _Call(ctypes.Structure):
 
 def library() -> ctypes.CDLL | None:
     """The compiled form, built at the first call; None where it cannot be."""
-    return native.load(Path(__file__).with_name("native.cpp"))
+    return native.load(_SOURCE)
 
 
 def forward(
