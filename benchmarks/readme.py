@@ -8,6 +8,7 @@ Between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` README holds what ``SE
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,31 @@ def quality() -> str:
     return "\n".join(line for line in (RESULTS / "planted_quality.md").read_text().splitlines() if line[:1] == "|")
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"quickstart": quickstart, "quality": quality}
+ATTENTION = ("hstu_attention", "ml1m", "fwd+bwd")
+
+
+def cpu() -> str:
+    """Ratios on a CPU: training and evaluation (``benchmarks.train.ml1m``), attention (``benchmarks.kernels.run``)."""
+    trained = [json.loads(line) for line in (RESULTS / "cpu_ml1m_epyc_20261123.jsonl").read_text().splitlines()]
+    kernels = [json.loads(line) for line in (RESULTS / "cpu_kernels_epyc_20261123.jsonl").read_text().splitlines()]
+    lines = ["| on a CPU, times as fast as | plain padded form | lean padded form |", "|---|---|---|"]
+    for part, title in (("epoch", "training, fp32"), ("evaluation", "evaluation of every user among all items")):
+        for allocator, words in (("default", "usual allocator"), ("kept", "freed memory kept")):
+            found = [row for row in trained if (row["measurement"], row["provider"]) == (part, "hstu")]
+            found = {row["baseline"]: _spread(row["ratio"]) for row in found if row["allocator"] == allocator}
+            lines.append(f"| {title}, {words} | {found['plain']} | {found['plain_lean']} |")
+    for row in kernels:
+        if [row[k] for k in ("operator", "case", "direction", "provider")] == [*ATTENTION, "native"]:
+            words = {"default": "usual allocator", "kept": "freed memory kept"}[row["allocator"]]
+            lines.append(f"| attention alone, forward and backward, {words} | {_spread(row['ratio'])} | |")
+    return "\n".join(lines)
+
+
+def _spread(ratio: dict[str, float]) -> str:
+    return "{median:.1f} ({low:.1f} to {high:.1f})".format(**ratio)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"quickstart": quickstart, "quality": quality, "cpu": cpu}
 
 
 def render(text: str) -> str:

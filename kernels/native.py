@@ -19,6 +19,8 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+import torch
+
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 
 
@@ -76,3 +78,8 @@ def _processor() -> str:
     wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
     lines = info.read_text().split("\n\n")[0].splitlines()
     return "\n".join(line for line in lines if line.split(":")[0].strip() in wanted)
+
+
+def has_bf16_units() -> bool:
+    """Whether the processor multiplies bfloat16 matrices faster than float32 ones."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

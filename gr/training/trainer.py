@@ -27,6 +27,7 @@ from gr.data.batch import JaggedBatch
 from gr.distributed.dense import wrap
 from gr.distributed.process import ProcessContext, broadcast_object, main_only_errors, sum_integers
 from gr.errors import UserError
+from gr.kernels.native import has_bf16_units
 from gr.training.checkpoint import find_checkpoint, load_torch, save_checkpoint, save_torch
 from gr.training.config import TrainConfig
 from gr.training.log import MetricsLog
@@ -186,6 +187,10 @@ class Trainer:
                     events = self.folder.tensorboard if self.config.tensorboard else None
                     self._log = MetricsLog(self.folder.metrics, events, self.state.step, self._progress.note)
                     stack.callback(self._log.close)
+            if self.config.precision == "bf16" and self.ctx.device.type == "cpu" and not has_bf16_units():
+                self._progress.note(
+                    "this processor multiplies bfloat16 more slowly than float32; precision fp32 is faster"
+                )
             if self.config.compile:
                 self.model.compile(dynamic=True)
             while self.state.phase < len(self.phases):

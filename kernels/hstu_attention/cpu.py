@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gr.kernels.hstu_attention.cpu_plan import Detail, Group, Layout, Plan, Request, Tile, plan_for
 from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias, divisor_by_query
+from gr.kernels.native import has_bf16_units
 
 
 class Block(NamedTuple):
@@ -126,11 +127,6 @@ def _product(q: Tensor) -> torch.dtype:
     if q.dtype == torch.bfloat16 and has_bf16_units():
         return torch.bfloat16
     return _accumulator(q)
-
-
-def has_bf16_units() -> bool:
-    """Whether the processor multiplies bfloat16 matrices faster than float32 ones."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, alpha: float, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
