@@ -46,7 +46,19 @@ def cpu() -> str:
         if [row[k] for k in ("operator", "case", "direction", "provider")] == [*ATTENTION, "native"]:
             words = {"default": "usual allocator", "kept": "freed memory kept"}[row["allocator"]]
             lines.append(f"| attention alone, forward and backward, {words} | {_spread(row['ratio'])} | |")
-    return "\n".join(lines)
+    losses = next(row for row in trained if row["measurement"] == "losses")
+    memory = {row["provider"]: row["peak_gib"] for row in trained if row["measurement"] == "memory"}
+    bf16 = [row for row in trained if row["measurement"] == "epoch" and row["provider"] == "hstu_bf16"]
+    bf16 = next(row for row in bf16 if (row["baseline"], row["allocator"]) == ("plain_lean", "kept"))
+    facts = (
+        f"Largest relative difference of the first {losses['steps']} losses: "
+        f"{losses['largest_relative_difference']:.0e}.",
+        f"Peak memory of a process that trains an epoch: {memory['hstu']:.2f} GiB (lean padded form "
+        f"{memory['plain_lean']:.2f}).",
+        f"bfloat16 on this processor, which has no units for it, is {_spread(bf16['ratio'])} times as fast as the lean "
+        "form in fp32.",
+    )
+    return "\n".join(lines) + "\n\n" + "\n".join(facts)
 
 
 def _spread(ratio: dict[str, float]) -> str:

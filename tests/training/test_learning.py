@@ -212,3 +212,11 @@ def test_the_loss_in_bf16_is_close_to_fp32(tmp_path):
         losses.append(trainer.fit().loss)
         assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_bf16_without_units_for_it_is_said_to_be_slow(tmp_path, monkeypatch, capsys, units):
+    monkeypatch.setattr("gr.training.trainer.has_bf16_units", lambda: units)
+    tiny_trainer(tmp_path, tiny_config(epochs=1, max_steps=1, precision="bf16")).fit()
+    printed = capsys.readouterr()
+    assert ("precision fp32 is faster" in printed.out + printed.err) != units
