@@ -1,15 +1,15 @@
 """Our training of the paper's ML-1M model against a plain padded form of it, alternately in one run.
 
     python -m benchmarks.train.ml1m --data ratings.parquet [--data.timestamp COLUMN ...] [--parts epoch losses ...]
-        [--providers hstu hstu_bf16 plain plain_lean] [--repeats 5] [--steps 8] [--threads 2] [--allocator kept]
-        [--json OUT.jsonl]
+        [--providers hstu hstu_bf16 plain plain_lean plain_gemm] [--repeats 5] [--steps 8] [--threads 2]
+        [--allocator kept] [--json OUT.jsonl]
 
 Every option with a dot changes a field of ``configs/ml-1m_hstu.yaml``, as in ``gr-train``. Dropout is 0 here, so that
 all providers compute the same function; they get the same first weights, batches and negatives, the same AdamW and
 ``gr.training.step.run_step``.
 
 Providers: ``hstu`` is our model as ``gr-train`` assembles it, ``hstu_bf16`` the same with matrix products in bfloat16;
-``plain`` and ``plain_lean`` are the two padded forms of :mod:`benchmarks.train.plain`.
+``plain``, ``plain_lean`` and ``plain_gemm`` are the padded forms of :mod:`benchmarks.train.plain`.
 
 Parts, one JSON line for each of ours against each plain one:
 
@@ -46,7 +46,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.train.plain import PlainHSTU, rank_padded
+from benchmarks.train.plain import FORMS, PlainHSTU, rank_padded
 from gr import config as configs
 from gr.data.batch import JaggedBatch
 from gr.data.loader import TrainLoader
@@ -66,7 +66,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "ml-1m_hstu.yaml"
 EXACT = ["--model.encoder.dropout", "0", "--model.preprocessor.dropout", "0", "--train.precision", "fp32"]
 OURS = ("hstu", "hstu_bf16")
-PLAIN = ("plain", "plain_lean")
+PLAIN = FORMS
 PARTS = ("epoch", "losses", "evaluation", "memory")
 LOSS_LIMIT = 1e-3
 HIT_LIMIT = 1e-3
@@ -86,7 +86,7 @@ class Learner:
     def __init__(self, name: str, config: RunConfig, store: EventStore, split: Split) -> None:
         ours = assemble(config, store, split)
         self.name, self.config = name, config
-        self.model = PlainHSTU(ours, lean=name == "plain_lean") if name in PLAIN else ours
+        self.model = PlainHSTU(ours, name) if name in PLAIN else ours
         self.model.train()
         if config.train.compile and name in OURS:
             self.model.compile(dynamic=True)
@@ -155,7 +155,7 @@ class Bench:
             learner.reset()
         seconds: dict[str, list[float]] = {learner.name: [] for learner in learners}
         for repeat in range(repeats):
-            indices = sample(self.loader.num_batches(repeat), steps)
+            indices = self._timed(repeat, steps)
             self.loader.plan(repeat)  # kept by the loader: otherwise the first provider would pay for all
             for learner in learners:
                 begin = time.perf_counter()
@@ -175,7 +175,7 @@ class Bench:
                     "provider": own,
                     "baseline": other,
                     **ratios(seconds[other], seconds[own]),
-                    "steps": len(sample(self.loader.num_batches(0), steps)),
+                    "steps": len(self._timed(0, steps)),
                     "steps_of_an_epoch": self.loader.num_batches(0),
                     "shares": shares,
                     "part_ratios": part_ratios,
@@ -229,8 +229,9 @@ class Bench:
         masked = self.config.evaluation.mask_seen
         runs: dict[str, Callable[[], Any]] = {"hstu": lambda: rank_targets(ours, loader, masked)}
         for name in self.plain:
-            lean = name == "plain_lean"
-            model = PlainHSTU(ours, lean).eval()
+            if name == "plain_gemm":
+                continue  # a loss; it ranks as plain_lean does
+            model, lean = PlainHSTU(ours, name).eval(), name == "plain_lean"
             runs[name] = lambda model=model, lean=lean: rank_padded(model, loader, masked, by_count=lean)
         ranked = {name: run() for name, run in runs.items()}  # warm-up
         seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -257,7 +258,8 @@ class Bench:
                 "includes": "making batches, masks of seen items, normalising the item table",
                 "excludes": "preparing data, the first pass",
             }
-            for name in self.plain
+            for name in runs
+            if name != "hstu"
         ]
 
     def memory(self, name: str, steps: int) -> dict[str, float]:
@@ -266,6 +268,12 @@ class Bench:
         before = peak_gib()
         train(learner, self.loader, 0, sample(self.loader.num_batches(0), steps))
         return {"peak_gib": round(peak_gib(), 3), "before_training_gib": round(before, 3)}
+
+    def _timed(self, epoch: int, steps: int) -> list[int]:
+        """All steps of an epoch, or an even sample of those with a full batch: the last one, short, counts once in an
+        epoch and would count far more in a sample."""
+        count = self.loader.num_batches(epoch)
+        return sample(count if steps == 0 else max(count - 1, 1), steps)
 
     def _pairs(self) -> list[tuple[str, str]]:
         return [(own, other) for own in self.ours for other in self.plain]
@@ -377,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.child:
             print(json.dumps(bench.memory(options.child, options.steps)))
             return 0
-        environment = describe(["benchmarks.train.ml1m"])
+        environment = describe(["benchmarks.train.ml1m", *(Path(a).name if os.path.isabs(a) else a for a in argv)])
         common = {
             "config_hash": configs.config_hash(replace(config, data=replace(config.data, path=""))),
             "data": {k: bench.store.manifest.get(k) for k in ("source", "content_hash", "caveats")},

@@ -1,15 +1,18 @@
 """The paper's HSTU in padded tensors and plain autograd: what our training is timed against.
 
 The same model as :class:`gr.models.retrieval.RetrievalModel` with the ``paper`` preset, items only, cosine similarity
-and sampled softmax, written as its definition reads (arXiv 2402.17152, section 3.2, and its public research code) and
-as well as that form allows: every sequence padded to the longest of its batch, one GEMM a projection, batched matrix
-products, no loop over users, the fastest plain look-up (``index_select`` for bias tables, ``embedding`` for vectors:
-it is their backward that differs), in-place additions where autograd permits. Padding costs what it costs; nothing
-is added to that.
+and sampled softmax, written as its definition reads (arXiv 2402.17152, section 3.2, and its public research code):
+every sequence padded to the longest of its batch, one GEMM a projection, batched matrix products, no loop over users,
+the fastest plain look-up (``index_select`` for bias tables, ``embedding`` for vectors: it is their backward that differs),
+in-place additions where autograd permits.
 
-The paper's code computes time buckets in every layer and normalises every gathered negative, and so does
-``PlainHSTU``. With ``lean=True`` it computes buckets once a batch and normalises the item table once a step instead:
-the same function, and the stronger baseline.
+There are three of it, ``FORMS``, all the same function:
+
+- ``plain``: time buckets in every layer and every gathered negative normalised, as the paper's public code has it.
+- ``plain_lean``: buckets once a batch, the item table normalised once a step; a position's draws are still gathered
+  and multiplied one position at a time.
+- ``plain_gemm``: lean, and the scores of some positions against the whole catalogue in one GEMM, from which the draws
+  are picked: what a small catalogue allows, and the strongest padded form we know.
 
 It takes our batches, our initial weights and our optimizer (``table_parameters`` and ``dense_parameters`` are those of
 our model), and returns our :class:`gr.losses.Losses`.
@@ -35,6 +38,8 @@ BUCKET_WIDTH = 0.301  # of the natural logarithm
 LAYER_NORM_EPS = 1e-6
 NORM_EPS = 1e-6
 COLLISION_LOGIT = -5e4
+FORMS = ("plain", "plain_lean", "plain_gemm")
+GEMM_POSITIONS = 2048  # scores of so many positions against the catalogue at a time: larger ones cost page faults
 # Choices of HSTUConfig that the plain form has built in.
 BUILT_IN = {
     "window": None,
@@ -86,17 +91,18 @@ class PlainHSTU(nn.Module):
 
     Args:
         ours: A model that this form can express; its weights are copied.
-        lean: Buckets once a batch, item table normalised once a step.
+        form: One of ``FORMS``.
 
     Raises:
         UserError: The model makes a choice that this form does not know.
     """
 
-    def __init__(self, ours: RetrievalModel, lean: bool = False) -> None:
+    def __init__(self, ours: RetrievalModel, form: str = "plain") -> None:
         super().__init__()
+        assert form in FORMS, form
         _check(ours)
         config, max_tokens, dim = ours.encoder.config, ours.encoder.max_tokens, ours.cfg.dim
-        self.lean, self.divisor, self.max_tokens = lean, config.divisor, max_tokens
+        self.form, self.divisor, self.max_tokens = form, config.divisor, max_tokens
         self.num_items, self.num_buckets = ours.num_items, config.num_time_buckets
         self.input_scale, self.dropout = ours.preprocessor.scale, ours.preprocessor.config.dropout
         self.temperature = ours.cfg.similarity.temperature
@@ -130,7 +136,7 @@ class PlainHSTU(nn.Module):
         index = torch.arange(width)
         distances = index[None, :] - index[:, None] + self.max_tokens - 1
         mask = torch.ones(width, width, dtype=items.dtype).tril_().div_(self.divisor)
-        buckets = self._buckets(asked, given) if self.lean else None
+        buckets = self._buckets(asked, given) if self.form != "plain" else None
         for layer in self.layers:
             bias = layer.bias(distances, self._buckets(asked, given) if buckets is None else buckets)
             x = layer(x, bias, mask)
@@ -141,13 +147,16 @@ class PlainHSTU(nn.Module):
         labels, negatives = batch.labels, batch.negatives.ids
         encoded, slots = self.encode(batch, self.items)
         query = _unit(encoded.index_select(0, slots[labels.position]))
-        if self.lean:
-            unit = _unit(self.items)
-            positive, others = F.embedding(labels.item_id, unit), F.embedding(negatives, unit)
+        unit = _unit(self.items) if self.form != "plain" else None
+        label = _unit(F.embedding(labels.item_id, self.items)) if unit is None else F.embedding(labels.item_id, unit)
+        own = (query * label).sum(-1, keepdim=True)
+        if self.form == "plain_gemm":
+            parts = zip(query.split(GEMM_POSITIONS), negatives.split(GEMM_POSITIONS), strict=True)
+            drawn = torch.cat([(part @ unit.T).gather(1, ids) for part, ids in parts])
         else:
-            positive, others = _unit(F.embedding(labels.item_id, self.items)), _unit(F.embedding(negatives, self.items))
-        own = (query * positive).sum(-1, keepdim=True)
-        logits = torch.cat([own, torch.bmm(others, query.unsqueeze(2)).squeeze(2)], dim=1).div_(self.temperature)
+            others = _unit(F.embedding(negatives, self.items)) if unit is None else F.embedding(negatives, unit)
+            drawn = torch.bmm(others, query.unsqueeze(2)).squeeze(2)
+        logits = torch.cat([own, drawn], dim=1).div_(self.temperature)
         collision = F.pad(negatives == labels.item_id[:, None], (1, 0))
         each = torch.logsumexp(logits.masked_fill_(collision, COLLISION_LOGIT), dim=1) - logits[:, 0]
         total = (each * labels.weight).sum()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.train import ml1m
-from benchmarks.train.plain import PlainHSTU, pairs, rank_padded
+from benchmarks.train.plain import FORMS, PlainHSTU, pairs, rank_padded
 from gr import config as configs
 from gr.data.split import PaperConfig, make_split
 from gr.data.store import memory_store
@@ -48,14 +48,14 @@ def built(store, *overrides):
     return config, split, model, train_loader(config, store, split, ProcessContext())
 
 
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("heads", ["1", "2"])
-def test_loss_and_every_gradient_are_ours_in_float64(store, lean, heads, monkeypatch):
+def test_loss_and_every_gradient_are_ours_in_float64(store, form, heads, monkeypatch):
     overrides = ("--model.encoder.num_heads", heads, "--model.encoder.backend", "reference")
     # At the recipe's 0.05 losses exceed 20, where torch's softplus drops a term of e**-20, which is 2e-9.
     _, _, ours, loader = built(store, *overrides, "--model.similarity.temperature", "0.2")
     ours = ours.double()
-    plain = PlainHSTU(ours, lean)
+    plain = PlainHSTU(ours, form)
     batch = loader.batch(0, 0, 0)
     assert batch.offsets.diff().unique().numel() > 3
     # Our losses round logits to float32, which would hide differences below 1e-7.
@@ -73,10 +73,10 @@ def test_loss_and_every_gradient_are_ours_in_float64(store, lean, heads, monkeyp
         )
 
 
-@pytest.mark.parametrize("lean", [False, True])
-def test_a_step_in_float32_is_ours_with_the_backend_that_training_takes(store, lean):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_in_float32_is_ours_with_the_backend_that_training_takes(store, form):
     _, _, ours, loader = built(store)
-    plain = PlainHSTU(ours, lean)
+    plain = PlainHSTU(ours, form)
     for index in range(2):
         batch = loader.batch(0, index, index)
         torch.testing.assert_close(plain(batch).total, ours(batch).total, rtol=1e-5, atol=0)
