@@ -3,7 +3,7 @@
 The same model as :class:`gr.models.retrieval.RetrievalModel` with the ``paper`` preset, items only, cosine similarity
 and sampled softmax, written as its definition reads (arXiv 2402.17152, section 3.2, and its public research code):
 every sequence padded to the longest of its batch, one GEMM a projection, batched matrix products, no loop over users,
-the fastest plain look-up (``index_select`` for bias tables, ``embedding`` for vectors: it is their backward that differs),
+the fastest plain look-up (``index_select`` for bias tables, ``embedding`` for vectors: their backward differs),
 in-place additions where autograd permits.
 
 There are three of it, ``FORMS``, all the same function:
