@@ -52,9 +52,11 @@ def cpu() -> str:
         == ["hstu_attention", "ml1m", "fwd+bwd", "native"]
     ]
     epochs = [row for row in trained if row["measurement"] == "epoch"]
+    steps = {ALLOCATORS[row["allocator"]]: row["steps"] for row in epochs}
     facts.append(
-        f"Training was timed over {epochs[0]['steps']} of an epoch's {epochs[0]['steps_of_an_epoch']} steps, in each "
-        f"of {epochs[0]['repeats']} epochs."
+        "Training was timed over "
+        + " and ".join(f"{count} ({words})" for words, count in steps.items())
+        + f" of an epoch's {epochs[0]['steps_of_an_epoch']} steps, in each of {epochs[0]['repeats']} epochs."
     )
     for row in trained:
         if row["measurement"] == "losses":
