@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -34,12 +35,17 @@ def load(source: Path) -> ctypes.CDLL | None:
 
 @cache
 def _load(source: Path) -> ctypes.CDLL | None:
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("c++")
+    compiler = _compiler()
     if compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(_build(compiler, source)))
-    except (OSError, subprocess.SubprocessError) as error:
+        target = _build(compiler, source)
+        try:
+            return ctypes.CDLL(str(target))
+        except OSError:  # half a file, after a full disk: once more
+            target.unlink(missing_ok=True)
+            return ctypes.CDLL(str(_build(compiler, source)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(
             f"{source.name} could not be built, so plain torch is used, which is slower: {reason}", stacklevel=3
@@ -47,12 +53,21 @@ def _load(source: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _build(compiler: str, source: Path) -> Path:
+def _compiler() -> list[str] | None:
+    """``$CXX`` with its arguments, or the usual names."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named and shutil.which(named[0]):
+        return named
+    found = shutil.which("g++") or shutil.which("c++")
+    return [found] if found else None
+
+
+def _build(compiler: list[str], source: Path) -> Path:
     text = source.read_bytes()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = (text, version.encode(), " ".join(FLAGS).encode(), _processor().encode())
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    parts = (text, version.encode(), " ".join((*compiler, *FLAGS)).encode(), _processor().encode())
     digest = hashlib.blake2b(b"\0".join(parts), digest_size=12).hexdigest()
-    folder = Path(os.environ.get("GR_NATIVE_CACHE") or _cache_folder())
+    folder = Path(os.environ.get("GR_NATIVE_CACHE") or _cache_folder()).expanduser().resolve()
     target = folder / f"{source.parent.name}-{source.stem}-{digest}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +75,7 @@ def _build(compiler: str, source: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             built = Path(aside) / target.name
             subprocess.run(
-                [compiler, *FLAGS, str(source), "-o", str(built)], capture_output=True, text=True, check=True
+                [*compiler, *FLAGS, str(source), "-o", str(built)], capture_output=True, text=True, check=True
             )
             os.replace(built, target)
     return target

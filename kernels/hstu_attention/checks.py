@@ -122,6 +122,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offset
             raise ValueError(f"{name} must be a float tensor of the dtype of q ({q.dtype}), got {tensor.dtype}")
         if tensor.shape[1] != q.shape[1]:
             raise ValueError(f"{name} must have the {q.shape[1]} heads of q, got {tensor.shape[1]}")
+    for name, tensor in (("q", q), ("v", v)):
+        if min(tensor.shape[1:]) < 1:
+            raise ValueError(f"{name} must have at least one head and one dimension, got {tuple(tensor.shape)}")
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"k must have the last dimension of q ({q.shape[2]}), got {k.shape[2]}")
     if v.shape[0] != k.shape[0]:

@@ -115,7 +115,10 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(grad, q, k, v, q_offsets, kv_offsets, divisor, num_contextual, num_targets, position_table, time_table, *rest):
-    tables = (q.new_empty(0) if t is None else torch.empty_like(t) for t in (position_table, time_table))
+    tables = (
+        q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (position_table, time_table)
+    )
     dense = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     return (*dense, *tables)
 

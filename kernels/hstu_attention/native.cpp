@@ -101,7 +101,11 @@ inline Vec exponential(Vec x) {
   return sum * scale;
 }
 
-inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
+// Below -87 it is 0, so that a large negative score times it is 0 and not the score times 1e-38.
+inline Vec sigmoid(Vec x) {
+  const Vec found = 1.0f / (1.0f + exponential(-x)), none{};
+  return x < splat(-87.0f) ? none : found;
+}
 
 // ---- One row and head -----------------------------------------------------------------------------------------------
 
@@ -293,7 +297,7 @@ class Unit {
     seen[p] = 1;
     if (c.target_group && p >= first_target) {
       const int64_t begin = first_target + (p - first_target) / c.target_group * c.target_group;
-      const int64_t end = c.causal ? p + 1 : std::min(begin + c.target_group, num_keys);
+      const int64_t end = c.causal ? p + 1 : begin + std::min(c.target_group, num_keys - begin);
       std::fill(seen + begin, seen + end, 1);
     }
     if (c.window && !(c.full_tail && own >= last - c.full_tail))

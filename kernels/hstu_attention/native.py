@@ -60,7 +60,7 @@ def forward(
 ) -> Tensor:
     """``(T_q, H, d_v)``; arguments as in :func:`gr.kernels.hstu_attention.op.hstu_attention`, checked."""
     call = _Arguments(q, k, v, q_offsets, kv_offsets, max_seq_len, divisor, alpha, mask, bias)
-    out = torch.empty(q.shape[0], *v.shape[1:])
+    out = q.new_empty((q.shape[0], *v.shape[1:]), dtype=torch.float32)
     library().hstu_attention_forward(ctypes.byref(call.struct), _POINTER(_address(out)))
     return out.to(v.dtype)
 
@@ -84,7 +84,7 @@ def backward(
     grad = grad.float().contiguous()
     # Rows without queries are not visited, and their keys have no gradient.
     make = torch.empty if kv_offsets is None else torch.zeros
-    d_q, d_k, d_v = torch.empty(q.shape), make(k.shape), make(v.shape)
+    d_q, d_k, d_v = (make(t.shape, dtype=torch.float32) for t in (q, k, v))
     tables = [torch.zeros(t.shape, dtype=torch.float64) for t in (call.position, call.time)]
     tables[0] = tables[0][:, : call.struct.position_entries].contiguous()
     library().hstu_attention_backward(
@@ -111,11 +111,13 @@ class _Arguments:
     def __init__(self, q, k, v, q_offsets, kv_offsets, max_seq_len, divisor, alpha, mask, bias) -> None:
         bias = bias or RelativeBias()
         self.extra = 0
-        self.position, self.time = torch.empty(0, 0), torch.empty(0, 0)
+        self.position = self.time = torch.empty((0, 0), dtype=torch.float32)
         if bias.position_table is not None:
             table = bias.position_table.detach().float().view(-1, bias.position_table.shape[-1])
             if bias.position_ids == "index":
-                self.extra = max(0, max_seq_len - 1 - table.shape[1] // 2)
+                lengths = (q_offsets if kv_offsets is None else kv_offsets).diff()
+                longest = int(lengths.max()) if lengths.numel() else 0
+                self.extra = max(0, longest - 1 - table.shape[1] // 2)
             padded = F.pad(table[:, None], (self.extra, self.extra), mode="replicate")[:, 0] if self.extra else table
             entries = padded.shape[1]
             self.position = F.pad(padded, (0, _SLACK))
@@ -132,7 +134,7 @@ class _Arguments:
             inverse = (
                 each.double().reciprocal().float()
                 if isinstance(each, Tensor)
-                else torch.full((q.shape[0],), 1.0 / each)
+                else torch.full((q.shape[0],), 1.0 / each, dtype=torch.float32)
             )
         counts = [None if t is None else t.long().contiguous() for t in (mask.num_contextual, mask.num_targets)]
         times = [None if edges is None else t.contiguous() for t in (bias.query_times, bias.key_times)]

@@ -77,7 +77,9 @@ def softmax(
     if collision is not None:
         logits = logits.masked_fill(collision, -torch.inf)
     loss = -F.logsigmoid(own - torch.logsumexp(logits, 1))  # log(e^own + sum e^logit) - own, and no small loss is lost
-    probability = (logits - (loss + own)[:, None]).exp()
+    largest = torch.maximum(own, logits.amax(1))
+    weights = (logits - largest[:, None]).exp()
+    probability = weights / (weights.sum(1) + (own - largest).exp())[:, None]
     missed = probability.sum(1)
     d_query = combine(probability, vectors, index) - missed[:, None] * positive
     return loss, d_query, probability, missed

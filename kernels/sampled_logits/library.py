@@ -122,6 +122,8 @@ def _save_softmax(ctx, inputs, output) -> None:
 def _softmax_backward(ctx, grad: Tensor | None, *_):
     if grad is None:
         return (None,) * 8
+    if torch.is_grad_enabled():  # what was saved is no function of the inputs any more
+        raise RuntimeError('sampled_softmax_loss has no second derivative on a CPU; ask for backend="reference"')
     query, index, unit, probability, missed = ctx.saved_tensors
     by_query, by_positive, by_vectors = ctx.needs_input_grad[:3]
     grad = grad[:, None]

@@ -77,8 +77,12 @@ def sampled_softmax_loss(
         raise ValueError(f"log_q must be ({draws},) or {(queries, draws)}, got {tuple(log_q.shape)}")
     if positive_log_q is not None and tuple(positive_log_q.shape) != (queries,):
         raise ValueError(f"positive_log_q must be ({queries},), got {tuple(positive_log_q.shape)}")
-    # A constant on every backend.
-    log_q, positive_log_q = (t if t is None else t.detach() for t in (log_q, positive_log_q))
+    for name, tensor in (("log_q", log_q), ("positive_log_q", positive_log_q)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be float, got {tensor.dtype}")
+    # A constant on every backend, and of the loss's dtype.
+    exact = torch.promote_types(query.dtype, torch.float32)
+    log_q, positive_log_q = (t if t is None else t.detach().to(exact) for t in (log_q, positive_log_q))
     optional = {"positive": positive, "collision": collision, "log_q": log_q, "positive_log_q": positive_log_q}
     for name, tensor in optional.items():
         if tensor is not None and tensor.device != query.device:
@@ -100,6 +104,8 @@ def _check(query: Tensor, vectors: Tensor, index: Tensor, backend: str) -> None:
             f"vectors must have the width and dtype of query ({query.shape[1]}, {query.dtype}), "
             f"got {vectors.shape[1]}, {vectors.dtype}"
         )
+    if query.shape[1] < 1:
+        raise ValueError("query must have at least one column, got 0")
     if index.dim() != 2 or index.shape[0] != query.shape[0] or index.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"index must be ({query.shape[0]}, R) integers, got {tuple(index.shape)} of {index.dtype}")
     for name, tensor in (("vectors", vectors), ("index", index)):

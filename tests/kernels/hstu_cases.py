@@ -18,7 +18,7 @@ OPTIONS: dict[str, tuple] = {
     "causal": (True, False),
     "window": ((None, None), (2, None), (2, 1), (None, 1)),  # window, full_tail
     "contextual": (False, True),
-    "targets": (None, 1, 2),  # the size of a group of targets; None is no targets
+    "targets": (None, 1, 2, 3),  # the size of a group of targets; None is no targets
     "position": (  # the table's rows, the ids that index it
         None,
         ("shared", "index"),

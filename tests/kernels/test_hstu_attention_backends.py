@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr.kernels.hstu_attention import RelativeBias, choose_backend, hstu_attention, library, native
-from hstu_cases import CASES, compare, leaves, plain, run
+from gr.kernels.hstu_attention import Mask, RelativeBias, choose_backend, hstu_attention, library, native
+from hstu_cases import CASES, by_name, compare, leaves, plain, run
 
 FAST = ["cpu", *(["native"] if native.library() else [])]
 BACKENDS = ["reference", *FAST]
@@ -66,6 +66,46 @@ def test_same_bits_every_time_whatever_the_batch_mates_and_threads(backend):
         query_times=bias.query_times[4:11],
     )
     torch.testing.assert_close(hstu_attention(**alone, backend=backend), one[0][4:11])
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("size", [1.0, 100.0, 1e4, 1e30])
+def test_large_scores_of_either_sign_give_the_definition(backend, size):
+    offsets, ones = torch.tensor([0, 2]), {"max_seq_len": 2, "divisor": 1.0, "alpha": 1.0}
+    for sign in (1.0, -1.0):
+        q, k = torch.tensor([[[1.0]], [[1.0]]]), torch.tensor([[[sign * size]], [[0.5]]])
+        leaves = [t.requires_grad_() for t in (q, k, torch.tensor([[[1.0]], [[2.0]]]))]
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+        out = hstu_attention(*leaves, offsets, **ones, backend=backend)
+        expected = hstu_attention(*wide, offsets, **ones, backend="reference")
+        torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-30)
+        for one, other in zip(
+            *(torch.autograd.grad(x[0].sum(), y) for x, y in ((out, leaves), (expected, wide))), strict=True
+        ):
+            torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_takes_no_part(backend, dtype):
+    expected = by_name(plain(dtype=torch.float32), backend)
+    arguments = plain(dtype=torch.float32)
+    torch.set_default_dtype(dtype)
+    try:
+        found = by_name(arguments, backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", FAST)
+def test_a_group_may_be_larger_than_all_targets(backend, causal):
+    mask = Mask(causal=causal, num_targets=torch.tensor([2, 0, 3, 1, 7]), target_group=2**63 - 1)
+    arguments = plain(dtype=torch.float32) | {"mask": mask}
+    torch.testing.assert_close(
+        hstu_attention(**arguments, backend=backend), hstu_attention(**arguments, backend="reference")
+    )
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -50,3 +50,32 @@ def test_without_a_compiler_or_when_told_so_there_is_no_library(source, monkeypa
     monkeypatch.setenv("GR_NATIVE", "1")
     monkeypatch.setenv("PATH", "")
     assert native.load(source) is None
+
+
+@needs_compiler
+def test_half_a_library_is_built_again_and_a_relative_cache_is_found(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GR_NATIVE_CACHE", "here")
+    monkeypatch.setenv("CXX", "g++ -O1")
+    assert native.load(source).answer() == 42
+    (built,) = (tmp_path / "here").iterdir()
+    changed = tmp_path / "other" / "native.cpp"
+    changed.parent.mkdir()
+    changed.write_text(SOURCE.replace("42", "44"))
+    target = native._build(["g++"], changed)
+    target.write_bytes(b"half")
+    monkeypatch.delenv("CXX")
+    assert native.load(changed).answer() == 44
+
+
+def test_no_home_folder_means_plain_torch(source, monkeypatch):
+    monkeypatch.delenv("GR_NATIVE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(native.Path, "home", homeless)
+    if native._compiler():
+        with pytest.warns(UserWarning, match="plain torch is used"):
+            assert native.load(source) is None

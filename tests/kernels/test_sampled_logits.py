@@ -288,3 +288,13 @@ def test_bad_arguments_of_the_loss_are_refused_by_name(change, message):
     with pytest.raises(ValueError) as caught:
         sampled_softmax_loss(**(GOOD | {"positive": torch.randn(3, 2)} | change))
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_a_second_derivative_of_the_loss_is_refused_and_not_wrong(backend):
+    from gr.kernels.sampled_logits import sampled_softmax_loss
+
+    query, vectors, index = case(3, 4, 5, 2, torch.float32)
+    loss = sampled_softmax_loss(query, torch.ones(3, 2), vectors, index, backend=backend).sum()
+    with pytest.raises(RuntimeError, match="sampled_softmax_loss has no second derivative on a CPU"):
+        torch.autograd.grad(loss, query, create_graph=True)
