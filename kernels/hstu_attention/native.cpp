@@ -463,7 +463,7 @@ void backward_unit(Unit& u, Scratch& s, const Matrix& grad_out, const Gradients&
       for (int64_t j = 0; j < seen; j += LANES) {
         const Vec x = load(row + j), sigma = sigmoid(x), silu = x * sigma;
         store(row + j, silu);
-        store(d_row + j, load(d_row + j) * (sigma + silu * (1.0f - sigma)));
+        store(d_row + j, load(d_row + j) * (sigma * (1.0f + x * (1.0f - sigma))));
       }
       u.hide(begin, i, seen, used, row);
       u.hide(begin, i, seen, used, d_row);
