@@ -8,7 +8,7 @@ same offsets, counts and times (compared by content, so nobody has to say when a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -295,29 +295,9 @@ def plan_for(request: Request) -> Plan:
     with torch.inference_mode(False), torch.no_grad():
         copies = tuple(None if t is None else t.detach().clone() for t in tensors)
         q_offsets, kv_offsets, num_contextual, num_targets, query_times, key_times = copies
-        rules = request.mask
-        mask = Mask(
-            causal=rules.causal,
-            window=rules.window,
-            full_tail=rules.full_tail,
-            num_contextual=num_contextual,
-            num_targets=num_targets,
-            target_group=rules.target_group,
-        )
-        plan = Plan(
-            Request(
-                q_offsets=q_offsets,
-                kv_offsets=kv_offsets,
-                mask=mask,
-                num_heads=request.num_heads,
-                num_buckets=request.num_buckets,
-                bucket_width=request.bucket_width,
-                query_times=query_times,
-                key_times=key_times,
-                position_entries=request.position_entries,
-                clamped_ids=request.clamped_ids,
-            )
-        )
+        mask = replace(request.mask, num_contextual=num_contextual, num_targets=num_targets)
+        times = {"query_times": query_times, "key_times": key_times}
+        plan = Plan(replace(request, q_offsets=q_offsets, kv_offsets=kv_offsets, mask=mask, **times))
     _plans[:] = [(scalars, copies, plan), *_plans[:1]]
     return plan
 
@@ -330,15 +310,8 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _mask_of(mask: Mask, rows: Tensor) -> Mask:
     """The mask of some rows."""
-    context, targets = mask.num_contextual, mask.num_targets
-    return Mask(
-        causal=mask.causal,
-        window=mask.window,
-        full_tail=mask.full_tail,
-        num_contextual=None if context is None else context.long()[rows],
-        num_targets=None if targets is None else targets.long()[rows],
-        target_group=mask.target_group,
-    )
+    counts = {name: getattr(mask, name) for name in ("num_contextual", "num_targets")}
+    return replace(mask, **{name: None if count is None else count.long()[rows] for name, count in counts.items()})
 
 
 def _groups(q_lengths: Tensor, k_lengths: Tensor, num_heads: int) -> list[Group]:

@@ -1,4 +1,4 @@
-"""Logarithmic buckets of time differences, exact at every integer number of seconds."""
+"""Logarithmic buckets of time differences: integers compared with the buckets' integer edges."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ LARGEST_EXACT = 2**53
 
 
 def time_bucket(seconds: Tensor, width: float, num_buckets: int) -> Tensor:
-    """``clamp(floor(ln(max(|x|, 1)) / width), 0, num_buckets - 1)`` of int64 seconds, exact up to 2**53.
+    """``clamp(floor(ln(max(|x|, 1)) / width), 0, num_buckets - 1)`` of int64 seconds up to 2**53.
 
-    A binary search among the buckets' integer edges: no logarithm is rounded.
+    A binary search among the buckets' integer edges; these are made with double precision's logarithm, which is exact
+    below 5e13 seconds at the default width.
 
     Returns:
         int32 of the same shape.
@@ -26,7 +27,8 @@ def time_bucket(seconds: Tensor, width: float, num_buckets: int) -> Tensor:
 
 @cache
 def bucket_edges(width: float, num_buckets: int) -> tuple[int, ...]:
-    """Smallest integer of each bucket above 0: the number of edges <= x is floor(ln(x) / width) exactly."""
+    """Smallest integer of each bucket above 0: the number of edges <= x is floor(ln(x) / width),
+    in double precision."""
 
     def bucket(x: int) -> int:
         return math.floor(math.log(x) / width)
