@@ -77,11 +77,6 @@ def sampled_softmax(
     return softmax_of_logits((query * positive).sum(-1), negative_logits(query, negatives), **rest)
 
 
-def full_softmax(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy over the whole catalogue: logits (S, V), target (S,) int64."""
-    return F.cross_entropy(_exact(logits), target, reduction="none")
-
-
 def binary_cross_entropy(
     query: Tensor,
     positive: Tensor,

@@ -1,8 +1,8 @@
 """Embedding tables in one process's memory: the specification that sharded tables are tested against.
 
 Tables are asked for ids once a step (tokens, labels and negatives together) and hand out vectors. Nobody else touches
-their weights: full softmax and evaluation go through ``logits`` and ``iter_vectors``, which a sharded table answers
-shard by shard.
+their weights: full softmax and evaluation go through ``full_softmax``, ``logits`` and ``iter_vectors``, which a
+sharded table answers shard by shard.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from gr.kernels.full_softmax import full_softmax_loss
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -50,6 +52,10 @@ class LocalTables(nn.Module):
         """(S, hi - lo) inner products of queries (S, dim) with the transformed rows lo..hi-1 of a table."""
         lo, hi = item_range
         return query @ transform(self.weights[table][lo:hi]).T
+
+    def full_softmax(self, query: Tensor, table: str, target: Tensor, transform: Transform) -> Tensor:
+        """(S,) cross-entropy of targets (S,) among all transformed rows of a table."""
+        return full_softmax_loss(query, transform(self.weights[table]).to(query.dtype), target)
 
     def iter_vectors(self, table: str, block: int = 65_536) -> Iterator[tuple[int, Tensor]]:
         """Yields (first row, (rows, dim) vectors) over a whole table."""

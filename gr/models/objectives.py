@@ -26,8 +26,8 @@ class Scorer(Protocol):
     num_items: int
     similarity: Similarity
 
-    def logits(self, query: Tensor, item_range: tuple[int, int]) -> Tensor:
-        """(S, hi - lo) scores of queries (S, D)."""
+    def full_softmax(self, query: Tensor, target: Tensor) -> Tensor:
+        """(S,) cross-entropy of targets (S,) among all items, given queries (S, D)."""
         ...
 
 
@@ -104,8 +104,7 @@ def _index(vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor | None:
 
 def _full_softmax(cfg: FullSoftmaxConfig) -> ObjectiveFunction:
     def run(model: Scorer, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
-        logits = model.logits(query, (0, model.num_items))
-        return losses.full_softmax(logits, batch.labels.item_id)
+        return model.full_softmax(query, batch.labels.item_id)
 
     return run
 

@@ -100,6 +100,10 @@ class RetrievalModel(nn.Module):
         # The scale goes into the (S, D) queries: over (S, V) scores it costs about a tenth of the softmax.
         return self.tables.logits(query * self.similarity.scale, "item", item_range, self.similarity.item)
 
+    def full_softmax(self, query: Tensor, target: Tensor) -> Tensor:
+        """(S,) cross-entropy of target items (S,) among all, given prepared queries (S, D)."""
+        return self.tables.full_softmax(query * self.similarity.scale, "item", target, self.similarity.item)
+
     def forward(self, batch: JaggedBatch) -> Losses:
         """One training step's losses over the batch's labels."""
         labels = batch.labels
