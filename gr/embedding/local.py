@@ -53,9 +53,9 @@ class LocalTables(nn.Module):
         lo, hi = item_range
         return query @ transform(self.weights[table][lo:hi]).T
 
-    def full_softmax(self, query: Tensor, table: str, target: Tensor, transform: Transform) -> Tensor:
-        """(S,) cross-entropy of targets (S,) among all transformed rows of a table."""
-        return full_softmax_loss(query, transform(self.weights[table]).to(query.dtype), target)
+    def full_softmax(self, query: Tensor, table: str, target: Tensor, weight: Tensor, transform: Transform) -> Tensor:
+        """() weighted sum of the cross-entropies of targets (S,) among all transformed rows of a table."""
+        return full_softmax_loss(query, transform(self.weights[table]).to(query.dtype), target, weight)
 
     def iter_vectors(self, table: str, block: int = 65_536) -> Iterator[tuple[int, Tensor]]:
         """Yields (first row, (rows, dim) vectors) over a whole table."""

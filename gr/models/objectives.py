@@ -1,7 +1,7 @@
 """Objectives of a retrieval model: what is drawn before look-up, and the loss over the vectors that come back.
 
 A config's ``negatives()`` tells the loader what to draw; its builder returns a function
-``(model, query (S, D), vectors, batch) -> (S,) losses``.
+``(model, query (S, D), vectors, batch) -> ()``: the losses of the positions, weighted by ``labels.weight`` and summed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Scorer(Protocol):
     num_items: int
     similarity: Similarity
 
-    def full_softmax(self, query: Tensor, target: Tensor) -> Tensor:
-        """(S,) cross-entropy of targets (S,) among all items, given queries (S, D)."""
+    def full_softmax(self, query: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """() weighted sum of the cross-entropies of targets (S,) among all items, given queries (S, D)."""
         ...
 
 
@@ -104,7 +104,7 @@ def _index(vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor | None:
 
 def _full_softmax(cfg: FullSoftmaxConfig) -> ObjectiveFunction:
     def run(model: Scorer, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
-        return model.full_softmax(query, batch.labels.item_id)
+        return model.full_softmax(query, batch.labels.item_id, batch.labels.weight)
 
     return run
 
@@ -112,7 +112,7 @@ def _full_softmax(cfg: FullSoftmaxConfig) -> ObjectiveFunction:
 def _sampled(cfg: SampledSoftmaxConfig | InBatchConfig) -> ObjectiveFunction:
     def run(model: Scorer, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
         drawn = batch.negatives
-        return losses.sampled_softmax(
+        each = losses.sampled_softmax(
             query,
             vectors["label"],
             vectors["negative"],
@@ -122,13 +122,14 @@ def _sampled(cfg: SampledSoftmaxConfig | InBatchConfig) -> ObjectiveFunction:
             log_q=drawn.log_q if cfg.correct else None,
             positive_log_q=drawn.positive_log_q if cfg.correct else None,
         )
+        return (each * batch.labels.weight).sum()
 
     return run
 
 
 def _bce(cfg: BCEConfig) -> ObjectiveFunction:
     def run(model: Scorer, query: Tensor, vectors: dict[str, Tensor], batch: JaggedBatch) -> Tensor:
-        return losses.binary_cross_entropy(
+        each = losses.binary_cross_entropy(
             query,
             vectors["label"],
             vectors["negative"],
@@ -136,6 +137,7 @@ def _bce(cfg: BCEConfig) -> ObjectiveFunction:
             collision=_collision(batch),
             index=_index(vectors, batch),
         )
+        return (each * batch.labels.weight).sum()
 
     return run
 

@@ -100,9 +100,9 @@ class RetrievalModel(nn.Module):
         # The scale goes into the (S, D) queries: over (S, V) scores it costs about a tenth of the softmax.
         return self.tables.logits(query * self.similarity.scale, "item", item_range, self.similarity.item)
 
-    def full_softmax(self, query: Tensor, target: Tensor) -> Tensor:
-        """(S,) cross-entropy of target items (S,) among all, given prepared queries (S, D)."""
-        return self.tables.full_softmax(query * self.similarity.scale, "item", target, self.similarity.item)
+    def full_softmax(self, query: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """() weighted sum of the cross-entropies of target items (S,) among all, given prepared queries (S, D)."""
+        return self.tables.full_softmax(query * self.similarity.scale, "item", target, weight, self.similarity.item)
 
     def forward(self, batch: JaggedBatch) -> Losses:
         """One training step's losses over the batch's labels."""
@@ -118,8 +118,7 @@ class RetrievalModel(nn.Module):
         encoded, vectors = self.encode(batch, extra)
         query = self.similarity.query(encoded[labels.position])
         vectors = {name: self.similarity.item(vector) for name, vector in vectors.items()}
-        each = self._objective(self, query, vectors, batch)
-        total = (each * labels.weight).sum()
+        total = self._objective(self, query, vectors, batch)
         return Losses(total=total, parts={"loss": total.detach()}, weight=labels.weight.sum())
 
     def step_cost(self, batch: JaggedBatch) -> StepCost:

@@ -17,37 +17,36 @@ def exact_dtype(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
-def losses(query: Tensor, vectors: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, the largest logits, and the sums of exponentials beside these; ``(S,)`` each."""
-    loss = query.new_empty(target.shape, dtype=exact_dtype(query))
-    top, total = torch.empty_like(loss), torch.empty_like(loss)
+def total_loss(query: Tensor, vectors: Tensor, target: Tensor, weight: Tensor, gradients: bool) -> list[Tensor]:
+    """``[total ()]``, and its gradients ``[(S, D), (V, D)]`` in float32 at least if they are asked for."""
+    exact = exact_dtype(query)
+    total = query.new_zeros((), dtype=exact)
+    d_query = query.new_empty(query.shape if gradients else (0,), dtype=exact)
+    d_vectors = vectors.new_zeros(vectors.shape if gradients else (0,), dtype=exact)
+    weight = weight.to(exact)
     for rows, logits in _blocks(query, vectors):
-        own = logits.gather(1, target[rows, None]).squeeze(1)
-        torch.amax(logits, 1, out=top[rows])
-        torch.sum(logits.sub_(top[rows, None]).exp_(), 1, out=total[rows])
+        own = logits.gather(1, target[rows, None])
+        top = logits.amax(1, keepdim=True)
+        terms = logits.sub_(top).exp_()
+        norm = terms.sum(1, keepdim=True)
         # own - top is exact where it matters most: where the target leads.
-        loss[rows] = total[rows].log() - (own - top[rows])
-    return loss, top, total
+        each = norm.log() - (own - top)
+        total += (each.squeeze(1) * weight[rows]).sum()
+        if gradients:
+            share = terms.mul_(weight[rows, None] / norm)
+            share.scatter_add_(1, target[rows, None], -weight[rows, None])
+            _add_products(share.to(query.dtype), query[rows], vectors, d_query[rows], d_vectors)
+    return [total, d_query, d_vectors]
 
 
-def gradients(
-    grad: Tensor, query: Tensor, vectors: Tensor, target: Tensor, top: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of the losses by ``query`` and ``vectors``, given theirs, ``grad`` (S,)."""
-    d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    d_vectors = vectors.new_zeros(vectors.shape, dtype=exact_dtype(query))
-    share = grad / total
-    for rows, logits in _blocks(query, vectors):
-        # Not e^(logit - lse): beside a top of 1e4 the log of the total has lost its digits.
-        weights = logits.sub_(top[rows, None]).exp_().mul_(share[rows, None])
-        weights.scatter_add_(1, target[rows, None], -grad[rows, None])
-        weights = weights.to(query.dtype)
-        torch.mm(weights, vectors, out=d_query[rows])
-        if d_vectors.dtype == query.dtype:
-            d_vectors.addmm_(weights.T, query[rows])
-        else:
-            d_vectors += weights.T @ query[rows]
-    return d_query, d_vectors.to(vectors.dtype)
+def _add_products(share: Tensor, query: Tensor, vectors: Tensor, d_query: Tensor, d_vectors: Tensor) -> None:
+    """``d_query = share @ vectors``, ``d_vectors += share.T @ query``."""
+    if d_query.dtype == query.dtype:
+        torch.mm(share, vectors, out=d_query)
+        d_vectors.addmm_(share.T, query)
+    else:
+        d_query.copy_(share @ vectors)
+        d_vectors.add_(share.T @ query)
 
 
 def _blocks(query: Tensor, vectors: Tensor) -> Iterator[tuple[slice, Tensor]]:

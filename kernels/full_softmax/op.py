@@ -11,31 +11,35 @@ from gr.kernels.full_softmax.reference import full_softmax_reference
 BACKENDS = ("reference", "blocked")
 
 
-def full_softmax_loss(query: Tensor, vectors: Tensor, target: Tensor, *, backend: str = "auto") -> Tensor:
-    """Cross-entropy over a catalogue: ``log(sum_v e^(query[s] . vectors[v])) - query[s] . vectors[target[s]]``.
+def full_softmax_loss(
+    query: Tensor, vectors: Tensor, target: Tensor, weight: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """``sum_s weight[s] (log(sum_v e^(query[s] . vectors[v])) - query[s] . vectors[target[s]])``.
 
     Args:
         query: ``(S, D)``, float.
         vectors: ``(V, D)``, the dtype of ``query``, V at least 1.
         target: ``(S,)`` int64 in 0..V-1.
-        backend: "reference" makes the (S, V) logits, "blocked" a block of them at a time and has no second
-            derivative. "auto" is "blocked".
+        weight: ``(S,)``, float; gets no gradient.
+        backend: "reference" makes the (S, V) logits; "blocked" a block of them at a time, with the gradients in the
+            same walk, and has no second derivative. "auto" is "blocked".
 
     Returns:
-        ``(S,)``, float32 (float64 for float64).
+        ``()``, float32 (float64 for float64).
 
     Raises:
         ValueError: An argument is wrong; the message starts with its name. What ``target`` holds is looked at on the
             CPU only, where it costs no synchronisation.
     """
-    _check(query, vectors, target, backend)
+    _check(query, vectors, target, weight, backend)
     with torch.autocast(query.device.type, enabled=False):  # the dtype of query decides, not the surroundings
         if backend == "reference":
-            return full_softmax_reference(query, vectors, target)
-        return library.losses(query, vectors, target)[0]
+            return full_softmax_reference(query, vectors, target, weight.detach())
+        gradients = torch.is_grad_enabled() and (query.requires_grad or vectors.requires_grad)
+        return library.total_loss(query, vectors, target, weight.detach(), gradients)[0]
 
 
-def _check(query: Tensor, vectors: Tensor, target: Tensor, backend: str) -> None:
+def _check(query: Tensor, vectors: Tensor, target: Tensor, weight: Tensor, backend: str) -> None:
     for name, tensor in (("query", query), ("vectors", vectors)):
         if tensor.dim() != 2 or not tensor.is_floating_point():
             raise ValueError(f"{name} must be a float matrix, got {tuple(tensor.shape)} of {tensor.dtype}")
@@ -46,7 +50,9 @@ def _check(query: Tensor, vectors: Tensor, target: Tensor, backend: str) -> None
         )
     if tuple(target.shape) != (query.shape[0],) or target.dtype != torch.int64:
         raise ValueError(f"target must be ({query.shape[0]},) int64, got {tuple(target.shape)} of {target.dtype}")
-    for name, tensor in (("vectors", vectors), ("target", target)):
+    if weight.shape != target.shape or not weight.is_floating_point():
+        raise ValueError(f"weight must be ({query.shape[0]},) floats, got {tuple(weight.shape)} of {weight.dtype}")
+    for name, tensor in (("vectors", vectors), ("target", target), ("weight", weight)):
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on the device of query ({query.device}), got {tensor.device}")
     if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():

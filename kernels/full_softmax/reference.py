@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def full_softmax_reference(query: Tensor, vectors: Tensor, target: Tensor) -> Tensor:
-    """``(S,)`` cross-entropy of (S, V) logits, in float32 at least."""
+def full_softmax_reference(query: Tensor, vectors: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """``()`` weighted sum of the cross-entropies of (S, V) logits, in float32 at least."""
     logits = query @ vectors.T
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, reduction="none")
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return (F.cross_entropy(logits.to(exact), target, reduction="none") * weight.to(exact)).sum()
