@@ -52,7 +52,10 @@ setup(
     extras_require={"dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff"]},
     entry_points={
         "console_scripts": [
+            "gr-prepare=gr.prepare:cli",
             "gr-train=gr.train:cli",
+            "gr-evaluate=gr.evaluate:cli",
+            "gr-compare=gr.compare:cli",
             "gr-recommend=gr.inference.cli:cli",
             "gr-launch=gr.launch.cli:cli",
         ]

@@ -34,7 +34,8 @@ ARROW = (
     ("training",),
     ("inference", "report"),
     ("recipes",),
-    ("train",),
+    ("train", "evaluate", "compare"),
+    ("prepare",),
     ("launch",),
     ("scaling",),
 )

@@ -111,6 +111,7 @@ def ceiling(
     ks: tuple[int, ...],
     see_times: bool = True,
     mask_seen: bool = False,
+    window: int | None = None,
 ) -> dict[str, float]:
     """Mean expected metrics of the best ranker over some targets of a planted log.
 
@@ -121,6 +122,7 @@ def ceiling(
         ks: Cut-offs.
         see_times: As in ``predictive``.
         mask_seen: Items of the history cannot be recommended: nobody hits a target that was seen before.
+        window: Of the history's last so many events only; ``None``: all.
 
     Returns:
         ``hr@K``, ``ndcg@K`` and ``mrr``.
@@ -142,7 +144,9 @@ def ceiling(
             see_times,
         )
         if mask_seen:
-            probabilities[np.repeat(np.arange(len(length)), length), store.columns["item_id"][events]] = 0.0
+            row = np.repeat(np.arange(len(length)), length)
+            recent = slice(None) if window is None else events >= (start + length - window)[row]
+            probabilities[row[recent], store.columns["item_id"][events[recent]]] = 0.0
         for name, values in expected_metrics(probabilities, ks).items():
             parts.setdefault(name, []).append(values)
     return {name: float(np.concatenate(values).mean()) for name, values in parts.items()}

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from gr.config import Registry
+from gr.data.amazon import Amazon, AmazonConfig
+from gr.data.movielens import MovieLens, MovieLensConfig
 from gr.data.planted import Planted, PlantedConfig
 from gr.data.table import Table, TableConfig
 
@@ -14,7 +16,7 @@ class Source(Protocol):
     """What a builder in SOURCES returns.
 
     A source may also have ``fingerprint() -> str``, which changes when its input does (a hash of the file it
-    reads).
+    reads), and, if it downloads, ``locate(downloads: Path) -> None``, which is called first and says where to.
     """
 
     def prepare(self, folder: str | Path) -> None:
@@ -22,4 +24,9 @@ class Source(Protocol):
         ...
 
 
-SOURCES: Registry = {"planted": (PlantedConfig, Planted), "table": (TableConfig, Table)}
+SOURCES: Registry = {
+    "planted": (PlantedConfig, Planted),
+    "table": (TableConfig, Table),
+    "movielens": (MovieLensConfig, MovieLens),
+    "amazon": (AmazonConfig, Amazon),
+}

@@ -154,28 +154,32 @@ def read_store(folder: str | Path) -> EventStore:
             raise UserError(
                 f"prepared data {folder} has format {manifest['format']}, this version reads {FORMAT}{again}"
             )
-        tables = [_read_parquet(folder / shard["file"], shard["users"], again) for shard in manifest["shards"]]
         items = _read_parquet(folder / "items.parquet", manifest["counts"]["items"], again)
         names = manifest["columns"]
         counts = manifest["counts"]
+        offsets, user_ids = [np.zeros(1, np.int64)], []
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for shard in manifest["shards"]:
+            table = _read_parquet(folder / shard["file"], shard["users"], again)
+            for name in names:
+                lists = table.column(name).combine_chunks()
+                parts[name].append(lists.flatten().to_numpy())
+            offsets.append(offsets[-1][-1] + np.cumsum(np.diff(lists.offsets.to_numpy()), dtype=np.int64))
+            user_ids += table.column("user_id").chunks
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"prepared data {folder} is incomplete: {' '.join(str(error).split())}{again}") from None
-    offsets = [np.zeros(1, np.int64)]
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for table in tables:
-        for name in names:
-            lists = table.column(name).combine_chunks()
-            parts[name].append(lists.flatten().to_numpy())
-        offsets.append(offsets[-1][-1] + np.cumsum(np.diff(lists.offsets.to_numpy()), dtype=np.int64))
+    columns = {}
+    for name in names:  # each column's parts are let go once joined, so that no more than one stands twice
+        columns[name] = np.concatenate(parts.pop(name) or [np.zeros(0, np.int64)])
     store = EventStore(
         offsets=np.concatenate(offsets),
-        columns={name: np.concatenate(parts[name]) if parts[name] else np.zeros(0, np.int64) for name in names},
+        columns=columns,
         num_items=items.num_rows,
         num_actions=int(manifest["num_actions"]),
         manifest=manifest,
-        user_ids=pa.concat_arrays([c for t in tables for c in t.column("user_id").chunks]),
+        user_ids=pa.concat_arrays(user_ids),
         items=items,
         folder=folder,
     )

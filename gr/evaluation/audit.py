@@ -188,15 +188,22 @@ def audit_ceiling(metrics: Mapping[str, Estimate], ceiling: Mapping[str, float],
     return sorted(findings, key=lambda finding: finding.detail)
 
 
-def repeated_targets(store: EventStore, targets: Targets) -> tuple[int, int]:
+def repeated_targets(store: EventStore, targets: Targets, window: int | None = None) -> tuple[int, int]:
     """How many targets were seen before, and how many of these at the very same second.
 
     Neither is a leak by itself (people repeat themselves; a click and a purchase share a second), but both make
-    a score easier to reach, so they are told beside it.
+    a score easier to reach, so they are told beside it. With a ``window`` the first count is of that many last events.
     """
-    row, item = seen_pairs(store, targets.user, targets.position)
+    return int(repeats(store, targets, window).sum()), int(_repeated_in_history(store, targets).sum())
+
+
+def repeats(store: EventStore, targets: Targets, window: int | None = None) -> np.ndarray:
+    """(n,) bool: the target's item is among the user's earlier events, or the last ``window`` of them."""
+    row, item = seen_pairs(store, targets.user, targets.position, window)
     truth = store.columns["item_id"][store.offsets[targets.user] + targets.position]
-    return int((item == truth[row]).sum()), int(_repeated_in_history(store, targets).sum())
+    found = np.zeros(len(targets.user), dtype=bool)
+    found[row[item == truth[row]]] = True
+    return found
 
 
 def _repeated_in_history(store: EventStore, targets: Targets) -> np.ndarray:

@@ -19,11 +19,12 @@ from gr.errors import UserError
 from gr.evaluation.ranking import Ranks
 
 KS = (1, 5, 10, 50)
+Z = 1.959963984540054  # the normal distribution's 97.5 % point
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``num`` users with its standard error and normal 95 % interval, cut to [0, 1]."""
+    """A mean over ``num`` users with its standard error and 95 % interval (Wilson's, see ``wilson``)."""
 
     mean: float
     se: float
@@ -85,7 +86,31 @@ def estimate(values: np.ndarray, user: np.ndarray) -> Estimate:
         se = 0.5  # one user says nothing of the spread: the widest that [0, 1] allows
     else:
         se = float(np.sqrt(len(residual) / (len(residual) - 1) * np.square(residual).sum()) / len(values))
-    return Estimate(mean, se, max(0.0, mean - 1.96 * se), min(1.0, mean + 1.96 * se), len(residual))
+    return Estimate(mean, se, *wilson(mean, se, len(residual)), len(residual))
+
+
+def wilson(mean: float, se: float, num: int) -> tuple[float, float]:
+    """95 % score interval (Wilson 1927) of a mean of values in [0, 1].
+
+    The variance is taken to move with the mean as p (1 - p) does, so that the interval stays inside [0, 1] and has
+    a width at 0 hits of n, too. With one target a user and no ties HR@K is a proportion, and this is its textbook
+    interval. For graded values (NDCG, MRR, ties) and for several targets a user, n is the number of 0/1 draws that
+    would have the same standard error (the effective number of survey statistics); far from 0 and 1 this is the normal
+    interval. Where the values show no spread at all, n is the number of users.
+
+    Args:
+        mean: In [0, 1].
+        se: Its standard error.
+        num: Users.
+    """
+    mean = min(max(mean, 0.0), 1.0)  # a mean of ones may exceed 1 in the last bit
+    spread = mean * (1.0 - mean)
+    n = 1.0 + spread / se**2 if se > 1e-12 else float(num)  # smaller ones are rounding
+    square = Z**2
+    centre = (mean + square / (2.0 * n)) / (1.0 + square / n)
+    half = Z / (1.0 + square / n) * (spread / n + square / (4.0 * n**2)) ** 0.5
+    # At 0 and 1 the interval ends there; rounding must not push it past.
+    return max(0.0, min(centre - half, mean)), min(1.0, max(centre + half, mean))
 
 
 def summarise(ranks: Ranks, ks: tuple[int, ...] = KS) -> dict[str, Estimate]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ LARGEST_BLOCK = 2**24
 # (row, item) pairs of a batch up to which repeats are found by a table of all of them, 64 MiB, and not by sorting.
 TABLE_PAIRS = 2**24
 Gather = Callable[[list[Any]], list[list[Any]]]
+# Which earlier items of a user leave the candidates: none, all, or those among the events that the encoder reads.
+SeenRule = Literal[False, True, "window"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class Ranks:
         """(n,) float64 middle rank, 1 is best: ``better + tied / 2 + 1``, the mean over all orders."""
         return self.better + self.tied / 2.0 + 1.0
 
+    def where(self, rows: np.ndarray) -> Ranks:
+        """The targets at ``rows`` (indices or a mask) alone."""
+        return Ranks(**{name: getattr(self, name)[rows] for name in COLUMNS}, num_items=self.num_items)
+
 
 COLUMNS = tuple(field.name for field in fields(Ranks) if field.name != "num_items")
 
@@ -67,7 +73,7 @@ COLUMNS = tuple(field.name for field in fields(Ranks) if field.name != "num_item
 def rank_targets(
     recommender: Any,
     loader: Any,
-    mask_seen: bool,
+    mask_seen: SeenRule,
     *,
     block: int = 65536,
     device: torch.device | str | None = None,
@@ -82,9 +88,10 @@ def rank_targets(
         loader: Iterates over (rows (B,) into ``loader.targets``, JaggedBatch); ``loader.targets`` has
             ``user`` and ``position``, (n,) int64, and ``loader.store`` is the log, the source of targets and
             of what was seen.
-        mask_seen: Whether items of the user's log before the target (all of it, also what a batch cuts off)
-            leave the candidates: they would not be shown. A target that was seen before is then a miss, ranked
-            behind all candidates (freeing it alone from the mask would tell the model which item it is).
+        mask_seen: Whether items of the user's log before the target leave the candidates: they would not be
+            shown. ``True``: all of it, also what a batch cuts off; ``"window"``: the last ``max_events`` of
+            ``loader.layout``. A target that is masked so is a miss, ranked behind all candidates (freeing it
+            alone from the mask would tell the model which item it is).
         block: Items scored at a time, fewer with a ``scorer``, for which a further block costs little.
         device: Where batches are moved to; ``None`` leaves them where they are.
         gather: Collects a list from every process of a job into a list of such lists; ``None``: one process.
@@ -107,13 +114,14 @@ def rank_targets(
         raise UserError("there is no target to rank; the split must hold out at least one event")
     truth = np.asarray(store.columns["item_id"])[np.asarray(store.offsets)[user] + position]
 
+    window = masked_events(mask_seen, loader.layout) if mask_seen else None
     found: list[np.ndarray] = []
     with _evaluating(recommender), torch.no_grad():
         for rows, batch in loader:
             rows = np.arange(len(user))[rows] if isinstance(rows, slice) else np.asarray(rows)
             masked, missed, candidates = None, None, np.full(len(rows), store.num_items)
             if mask_seen:
-                row, item = seen_pairs(store, user[rows], position[rows])
+                row, item = seen_pairs(store, user[rows], position[rows], window)
                 own = item == truth[rows][row]
                 masked, missed = (row[~own], item[~own]), row[own]
                 candidates -= np.bincount(masked[0], minlength=len(rows))
@@ -143,11 +151,26 @@ def _evaluating(recommender: Any) -> Iterator[None]:
             recommender.train()
 
 
-def seen_pairs(store: Any, user: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct (row, item) pairs of each row's events before its position; two (m,) int64, rows ascending."""
-    row = np.repeat(np.arange(len(user)), position)
-    starts = np.cumsum(position) - position
-    event = np.arange(len(row)) + (np.asarray(store.offsets)[user] - starts)[row]
+def masked_events(mask_seen: SeenRule, layout: Any) -> int | None:
+    """How many of the latest events a mask reaches back over; ``None``: all."""
+    return layout.max_events if mask_seen == "window" else None
+
+
+def seen_pairs(
+    store: Any, user: np.ndarray, position: np.ndarray, window: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct (row, item) pairs of each row's events before its position; two (m,) int64, rows ascending.
+
+    Args:
+        store: The log.
+        user: (n,) user of each row.
+        position: (n,) events before it are seen.
+        window: Only the last so many of them; ``None``: all.
+    """
+    count = position if window is None else np.minimum(position, window)
+    row = np.repeat(np.arange(len(user)), count)
+    first = np.asarray(store.offsets)[user] + position - count
+    event = np.arange(len(row)) + (first - (np.cumsum(count) - count))[row]
     item = np.asarray(store.columns["item_id"])[event]
     pair = row * np.int64(store.num_items) + item
     size = len(user) * store.num_items
@@ -162,10 +185,10 @@ def seen_pairs(store: Any, user: np.ndarray, position: np.ndarray) -> tuple[np.n
     return (row, item) if first.all() else (row[first], item[first])
 
 
-def seen_mask(store: Any, user: np.ndarray, position: np.ndarray) -> Tensor:
+def seen_mask(store: Any, user: np.ndarray, position: np.ndarray, window: int | None = None) -> Tensor:
     """The same as a (B, V) bool, the ``exclude`` of ``Recommender.recommend``."""
     mask = torch.zeros(len(user), store.num_items, dtype=torch.bool)
-    mask[seen_pairs(store, user, position)] = True
+    mask[seen_pairs(store, user, position, window)] = True
     return mask
 
 

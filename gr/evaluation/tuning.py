@@ -20,7 +20,7 @@ from gr.data.store import EventStore
 from gr.errors import UserError
 from gr.evaluation.baselines import BASELINES, GRIDS, LABELS, CountingRecommender, TrainingStatistics, fit, setting
 from gr.evaluation.metrics import per_target
-from gr.evaluation.ranking import rank_targets
+from gr.evaluation.ranking import SeenRule, rank_targets
 
 METRIC = "ndcg@10"
 BATCH = 256
@@ -68,6 +68,7 @@ class _Batches:
     store: EventStore
     targets: Targets
     batches: list[tuple[np.ndarray, JaggedBatch]]
+    layout: LayoutConfig
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, JaggedBatch]]:
         return iter(self.batches)
@@ -78,7 +79,7 @@ def tune(
     store: EventStore,
     split: Split,
     layout: LayoutConfig,
-    mask_seen: bool,
+    mask_seen: SeenRule,
     *,
     grid: Sequence[Any] | None = None,
     max_users: int | None = None,
@@ -117,7 +118,7 @@ def tune_all(
     store: EventStore,
     split: Split,
     layout: LayoutConfig,
-    mask_seen: bool,
+    mask_seen: SeenRule,
     *,
     kinds: Sequence[str] = tuple(BASELINES),
     max_users: int | None = None,
@@ -141,7 +142,7 @@ def validation_batches(
     if total > size:
         rows = np.sort(np.random.default_rng(seed).choice(total, size, replace=False))
     targets = Targets(split.valid.user[rows], split.valid.position[rows])
-    return _Batches(store, targets, list(EvalLoader(store, targets, layout, BATCH)))
+    return _Batches(store, targets, list(EvalLoader(store, targets, layout, BATCH)), layout)
 
 
 def _tune(
@@ -150,7 +151,7 @@ def _tune(
     store: EventStore,
     split: Split,
     batches: _Batches | None,
-    mask_seen: bool,
+    mask_seen: SeenRule,
     statistics: TrainingStatistics | None,
 ) -> Tuned:
     if kind not in BASELINES:

@@ -1,8 +1,9 @@
-"""``gr-recommend RUN``: a user's history, what they would be shown, and where the truth ranks."""
+"""``gr-recommend RUN``: a user's history, what they would be shown, and where the truth ranks; or a file for many."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gr.errors import UserError, run_cli
@@ -13,18 +14,21 @@ if TYPE_CHECKING:
 SHOWN = 10  # events of the history
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parse = _Parser(prog="gr-recommend", description="Shows what a trained run recommends.", allow_abbrev=False)
+    parse = Parser(prog="gr-recommend", description="Shows what a trained run recommends.", allow_abbrev=False)
     parse.add_argument("run", metavar="RUN", help="run folder, such as runs/NAME, or its name")
     whom = parse.add_mutually_exclusive_group()
     whom.add_argument("--user", metavar="ID", help="a user of the log (default: the first with a held-out event)")
     whom.add_argument("--history", metavar="LIST", help='titles or ids, oldest first: "Alien; id:318; Heat"')
+    whom.add_argument("--users", metavar="WHO", help="all, a file with one id a line, or ids with commas; with --out")
+    parse.add_argument("--out", metavar="FILE", help="with --users: the Parquet file of user_id, items and scores")
+    parse.add_argument("--titles", action="store_true", help="with --users: writes titles, too")
     parse.add_argument("--k", type=int, default=10, help="how many items to show (10)")
     parse.add_argument("--at", metavar="TIME", help="as of this time: seconds since 1970 or 2001-05-03T18:30 (UTC)")
     seen = parse.add_mutually_exclusive_group()
@@ -56,12 +60,34 @@ def main(argv: list[str]) -> int:
         raise UserError("--device is cuda, and this machine has no CUDA device; use cpu")
     if args.k < 1:
         raise UserError(f"--k is {args.k}; it must be at least 1")
+    if (args.users is None) != (args.out is None):
+        raise UserError("--users and --out go together: many users' recommendations are written to a file")
+    if args.titles and args.users is None:
+        raise UserError("--titles goes with --users; recommendations for one user show titles anyway")
+    if args.out is not None and not Path(args.out).resolve().parent.is_dir():
+        raise UserError(f"--out {args.out} cannot be written: its folder does not exist")
     loaded = load_run(args.run, args.cache, args.device)
+    if args.users is not None:
+        return _write(loaded, args, at)
     history = None if args.history is None else [part.strip() for part in args.history.split(";")]
     if args.user is None and history is None:
         args.user = loaded.store.user_ids[int(loaded.split.test.user[0])].as_py()
     found = recommend(loaded, user=args.user, history=history, k=args.k, at=at, include_seen=args.include_seen)
     show(found, Console(highlight=False), loaded.store.manifest.get("caveats", []))
+    return 0
+
+
+def _write(loaded: Any, args: argparse.Namespace, at: int | None) -> int:
+    from gr.inference.batch import find_users, recommend_all
+
+    if at is not None:
+        loaded.store.require_times("a recommendation at a given time")
+    users = find_users(loaded, args.users)
+    options = {"k": args.k, "at": at, "include_seen": args.include_seen, "titles": args.titles}
+    empty = recommend_all(loaded, users, args.out, **options)
+    print(f"{args.out}: {len(users):,} users, up to {args.k} items each")
+    if empty:
+        print(f"{empty:,} of them had no event before --at, so their lists are empty")
     return 0
 
 

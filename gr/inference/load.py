@@ -29,6 +29,7 @@ class Loaded:
         layout: How events become tokens.
         model: In evaluation mode, on ``device``.
         device: Where batches go.
+        weights: Which weights, in words.
     """
 
     config: Any
@@ -37,6 +38,7 @@ class Loaded:
     layout: LayoutConfig
     model: Recommender
     device: str = "cpu"
+    weights: str = ""
 
 
 def resolve_run(run: str | Path) -> Path:
@@ -57,25 +59,29 @@ def resolve_run(run: str | Path) -> Path:
     )
 
 
-def find_weights(run_dir: Path) -> Path:
-    """``best.pt``, else the last checkpoint.
+def find_weights(run_dir: Path, checkpoint: str | None = None) -> Path:
+    """The file of a run's weights.
+
+    Args:
+        run_dir: The run folder.
+        checkpoint: ``best`` for ``best.pt``, ``last`` for the last checkpoint; ``None``: the best, else the last.
 
     Raises:
-        UserError: The folder holds neither.
+        UserError: The folder does not hold it.
     """
     folder = RunFolder(run_dir)
-    if folder.best.exists():
+    if checkpoint != "last" and folder.best.exists():
         return folder.best
-    last = find_checkpoint(folder.checkpoints) if folder.checkpoints.is_dir() else None
+    last = find_checkpoint(folder.checkpoints) if checkpoint != "best" and folder.checkpoints.is_dir() else None
     if last is None:
-        raise UserError(
-            f"run folder {run_dir} has no finished model (no best.pt and no checkpoint); "
-            "run gr-train with its config first"
-        )
+        lacking = {None: "finished model (no best.pt and no checkpoint)", "best": "best.pt", "last": "checkpoint"}
+        raise UserError(f"run folder {run_dir} has no {lacking[checkpoint]}; run gr-train with its config first")
     return last
 
 
-def load_run(run_dir: str | Path, cache_dir: str | Path | None = None, device: str = "cpu") -> Loaded:
+def load_run(
+    run_dir: str | Path, cache_dir: str | Path | None = None, device: str = "cpu", checkpoint: str | None = None
+) -> Loaded:
     """Rebuilds data and model from a run folder and loads the weights.
 
     Args:
@@ -83,35 +89,56 @@ def load_run(run_dir: str | Path, cache_dir: str | Path | None = None, device: s
         cache_dir: Where prepared data are kept; prepared again if not there. ``None``: where the
             config says.
         device: Where the model goes.
+        checkpoint: As in ``find_weights``.
 
     Raises:
         UserError: No such folder, no finished model in it, or weights that do not fit the config.
     """
     from gr.training.assemble import assemble
-    from gr.training.run_config import RunConfig
 
     folder = RunFolder(resolve_run(run_dir))
+    config = load_config(folder)
+    weights = find_weights(folder.path, checkpoint)  # before the data are prepared, which may take long
+    store, split = open_log(folder, config, cache_dir)
+    model = assemble(config, store, split)
+    found = load_weights(model, weights)
+    words = weights.name if found["step"] is None else f"{weights.name}, step {found['step']}"
+    return Loaded(config, store, split, config.layout, model.to(device).eval(), device, words)
+
+
+def load_config(folder: RunFolder) -> Any:
+    """The run's ``RunConfig``.
+
+    Raises:
+        UserError: The folder was not written by gr-train.
+    """
+    from gr.training.run_config import RunConfig
+
     if not folder.config.exists():
         raise UserError(f"run folder {folder.path} has no config.yaml, so gr-train did not write it")
-    weights = find_weights(folder.path)  # before the data are prepared, which may take long
-    config = configs.load(RunConfig, folder.config)
-    store, split = _data(folder, config, cache_dir)
-    model = assemble(config, store, split)
-    load_weights(model, weights)
-    return Loaded(config, store, split, config.layout, model.to(device).eval(), device)
+    return configs.load(RunConfig, folder.config)
 
 
-def _data(folder: RunFolder, config: Any, cache_dir: str | Path | None) -> tuple[EventStore, Split]:
-    """The very log of the run: from where it was prepared, or prepared again and compared."""
-    from gr.training.assemble import open_data
+def log_of(folder: RunFolder) -> tuple[str, str | None]:
+    """(content hash of the run's log, folder of its prepared form or ``None``).
 
+    Raises:
+        UserError: ``data.json`` is missing or damaged.
+    """
     try:
         known = json.loads(folder.data.read_text(encoding="utf-8"))
-        digest, place = known["content_hash"], known["folder"]
+        return known["content_hash"], known["folder"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"run folder {folder.path} lacks a whole data.json; run gr-train with its config again"
         ) from None
+
+
+def open_log(folder: RunFolder, config: Any, cache_dir: str | Path | None = None) -> tuple[EventStore, Split]:
+    """The very log of the run: from where it was prepared, or prepared again and compared."""
+    from gr.training.assemble import open_data
+
+    digest, place = log_of(folder)
     if cache_dir is None and place is not None and Path(place).is_dir():
         store = read_store(place)
         split = make_split(config.split, store)

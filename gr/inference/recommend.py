@@ -12,6 +12,7 @@ import torch
 
 from gr.data.layout import history_batch
 from gr.errors import UserError
+from gr.evaluation.ranking import masked_events
 from gr.inference.load import Loaded
 from gr.inference.lookup import find_item, find_user, item_id, item_title, show_span, show_time
 
@@ -154,9 +155,7 @@ def recommend(
         raise UserError("give either a user or a history, not both and not neither")
     if at is not None:
         loaded.store.require_times("a recommendation at a given time")
-    if include_seen is None:
-        include_seen = not loaded.config.evaluation.mask_seen
-    past = user_past(loaded, user, at) if history is None else typed_past(loaded, history, at)
+    past = user_past(loaded, find_user(loaded.store, user), at) if history is None else typed_past(loaded, history, at)
     rows, held_out = _ask(loaded, past, k, include_seen)
     events = [
         Event(
@@ -169,10 +168,24 @@ def recommend(
     return Recommendations(rows, events, held_out, past.user, past.query_time, list(past.notes))
 
 
-def user_past(loaded: Loaded, user: str | int, at: int | None = None) -> Past:
-    """A user's events before the held-out one, or before ``at`` where that is earlier."""
+def hidden_items(loaded: Loaded, items: np.ndarray, include_seen: bool | None) -> np.ndarray:
+    """Those of a history's items (n,) that may not be shown.
+
+    Args:
+        loaded: The run.
+        items: Dense indices, oldest first.
+        include_seen: Whether all may be; ``None``: as the run was evaluated.
+    """
+    rule = loaded.config.evaluation.mask_seen if include_seen is None else not include_seen
+    if not rule:
+        return items[:0]
+    window = masked_events(rule, loaded.layout)
+    return items if window is None else items[-window:]
+
+
+def user_past(loaded: Loaded, u: int, at: int | None = None) -> Past:
+    """The events of the user with index ``u`` before the held-out one, or before ``at`` where that is earlier."""
     store, split = loaded.store, loaded.split
-    u = find_user(store, user)
     shown = store.user_ids[u].as_py()
     events = slice(int(store.offsets[u]), int(store.offsets[u + 1]))
     columns = {name: values[events] for name, values in store.columns.items()}
@@ -241,11 +254,11 @@ def typical_gap(offsets: np.ndarray, timestamps: np.ndarray) -> int:
 def _position(targets: Any, user: int) -> int | None:
     if targets is None:
         return None
-    found = np.flatnonzero(targets.user == user)
-    return int(targets.position[found[0]]) if found.size else None
+    found = int(np.searchsorted(targets.user, user))
+    return int(targets.position[found]) if found < len(targets) and targets.user[found] == user else None
 
 
-def _ask(loaded: Loaded, past: Past, k: int, include_seen: bool) -> tuple[list[Row], HeldOut | None]:
+def _ask(loaded: Loaded, past: Past, k: int, include_seen: bool | None) -> tuple[list[Row], HeldOut | None]:
     store, model = loaded.store, loaded.model
     batch = history_batch(
         [past.items],
@@ -254,10 +267,11 @@ def _ask(loaded: Loaded, past: Past, k: int, include_seen: bool) -> tuple[list[R
         past.query_time,
         loaded.layout,
     ).to(loaded.device)
-    seen = torch.zeros(1, store.num_items, dtype=torch.bool)
-    seen[0, torch.from_numpy(np.ascontiguousarray(past.items))] = True
+    known = set(past.items.tolist())
+    barred = torch.zeros(1, store.num_items, dtype=torch.bool)
+    barred[0, torch.from_numpy(np.array(hidden_items(loaded, past.items, include_seen)))] = True
     with torch.no_grad():
-        ranked = model.recommend(batch, k, None if include_seen else seen.to(loaded.device))
+        ranked = model.recommend(batch, k, barred.to(loaded.device))
         scores = model.scores(batch, (0, store.num_items))[0].double().cpu() if past.target is not None else None
     rows = []
     for item, score in zip(ranked.items[0].tolist(), ranked.scores[0].tolist(), strict=True):
@@ -270,14 +284,14 @@ def _ask(loaded: Loaded, past: Past, k: int, include_seen: bool) -> tuple[list[R
                     item_title(store, item),
                     score,
                     held_out=item == past.target,
-                    seen=bool(seen[0, item]),
+                    seen=item in known,
                 )
             )
     if scores is None:
         return rows, None
     if scores.isnan().any():
         raise UserError("the model's scores are not numbers; its training diverged, train again with a smaller lr")
-    shown = torch.ones_like(seen[0]) if include_seen else ~seen[0]
+    shown = ~barred[0]
     hidden = not bool(shown[past.target])
     shown[past.target] = False
     others, own = scores[shown], scores[past.target]

@@ -23,7 +23,7 @@ from gr.errors import UserError
 from gr.evaluation.audit import audit, repeated_targets
 from gr.evaluation.baselines import LABELS
 from gr.evaluation.metrics import means, summarise
-from gr.evaluation.ranking import Ranks, rank_targets, seen_mask
+from gr.evaluation.ranking import Ranks, masked_events, rank_targets, seen_mask
 from gr.evaluation.saved_ranks import load_ranks, save_ranks
 from gr.evaluation.significance import compare
 from gr.evaluation.tuning import tune_all
@@ -60,7 +60,7 @@ def run(config: RunConfig, ctx: ProcessContext, argv: Sequence[str] | None = Non
             claim(folder.path, config, argv, store)
     key = {"config": config_hash(config), "data": store.manifest["content_hash"]}
     fields = ("split", "layout", "evaluation")
-    protocol = {name: configs.to_dict(getattr(config, name)) for name in fields} | {"data": key["data"]}
+    judging = {name: configs.to_dict(getattr(config, name)) for name in fields} | {"data": key["data"]}
 
     def stage(name: str, inputs: dict[str, Any], work: Work, everywhere: bool, *outputs: str) -> dict[str, Any]:
         return run_stage(Stage(name, inputs, work, everywhere, outputs), folder.path, ctx)
@@ -68,7 +68,7 @@ def run(config: RunConfig, ctx: ProcessContext, argv: Sequence[str] | None = Non
     try:
         train = partial(_train, config, ctx, store, split, folder)
         trained = stage("train", key, train, True, folder.best.name)
-        counted = stage("baselines", protocol, partial(_baselines, config, ctx, store, split), False)
+        counted = stage("baselines", judging, partial(_baselines, config, ctx, store, split), False)
         evaluate = partial(_evaluate, config, ctx, store, split, folder, trained, counted)
         results = stage("evaluate", {**key, "trained": trained}, evaluate, True, RANKS, folder.results.name)
         stage("report", {"results": results}, partial(_report, folder), False, folder.report.name)
@@ -87,7 +87,7 @@ def _check(config: RunConfig, store: EventStore, split: Split) -> None:
         )
 
 
-def _rank(
+def rank(
     config: RunConfig, ctx: ProcessContext, store: EventStore, targets: Targets, recommender: Any, alone: bool = False
 ) -> Ranks:
     """Ranks of all targets, computed by all ranks together, or by this one ``alone``."""
@@ -106,7 +106,7 @@ def _train(
         targets = sample_targets(split.valid, config.evaluation.validation_users)
 
         def validate(model: RetrievalModel) -> dict[str, float]:
-            return means(_rank(config, ctx, store, targets, model), config.evaluation.ks)
+            return means(rank(config, ctx, store, targets, model), config.evaluation.ks)
 
     trainer = Trainer(
         assemble(config, store, split),
@@ -136,9 +136,7 @@ def _baselines(config: RunConfig, ctx: ProcessContext, store: EventStore, split:
     tuned = tune_all(store, split, config.layout, config.evaluation.mask_seen, kinds=config.evaluation.baselines)
     for kind, best in tuned.items():
         print(best.headline(), flush=True)
-        save_ranks(
-            _rank(config, ctx, store, split.test, best.recommender, alone=True), folder / f"ranks_{kind}.parquet"
-        )
+        save_ranks(rank(config, ctx, store, split.test, best.recommender, alone=True), folder / f"ranks_{kind}.parquet")
     return {kind: {"setting": best.setting, "grid": best.rows} for kind, best in tuned.items()}
 
 
@@ -155,7 +153,7 @@ def _evaluate(
     model = assemble(config, store, split).to(ctx.device)
     model.load_state_dict(load_torch(folder.best, ctx.device)["model"])
     model.eval()
-    ranks = _rank(config, ctx, store, split.test, model)
+    ranks = rank(config, ctx, store, split.test, model)
     if not ctx.is_main:
         return {}
     save_ranks(ranks, folder.path / RANKS)
@@ -182,14 +180,8 @@ def _evaluate(
         "name": config.name,
         "config_hash": config_hash(config),
         "seed": config.seed,
-        "data": describe_data(store, split, config.evaluation.mask_seen),
-        "protocol": {
-            "split": config.split.kind,
-            "ranking": "full",
-            "mask_seen": config.evaluation.mask_seen,
-            "ties": "middle rank; metrics averaged over the order of ties",
-            "num_candidates": store.num_items,
-        },
+        "data": describe_data(config, store, split, split.test),
+        "protocol": protocol(config, store),
         "model": {
             "label": label,
             "parameters_dense": sum(p.numel() for p in model.dense_parameters()),
@@ -200,7 +192,7 @@ def _evaluate(
         "ceiling": None,
         **best,
         "baseline_grids": {kind: found["grid"] for kind, found in counted.items()},
-        "comparison": _comparison(label, by_label),
+        "comparison": against_the_best(label, by_label),
         "audit": [finding.to_dict() for finding in findings],
         "examples": examples(config, store, split.test, model, ctx),
     }
@@ -208,7 +200,18 @@ def _evaluate(
     return results
 
 
-def _comparison(label: str, by_label: dict[str, Ranks]) -> dict[str, Any] | None:
+def protocol(config: RunConfig, store: EventStore) -> dict[str, Any]:
+    """How targets are ranked, for the results."""
+    return {
+        "split": config.split.kind,
+        "ranking": "full",
+        "mask_seen": config.evaluation.mask_seen,
+        "ties": "middle rank; metrics averaged over the order of ties",
+        "num_candidates": store.num_items,
+    }
+
+
+def against_the_best(label: str, by_label: dict[str, Ranks]) -> dict[str, Any] | None:
     """The model against the best baseline on the test targets: paired bootstrap over users."""
     others = [name for name in by_label if name != label]
     if not others:
@@ -233,24 +236,29 @@ def best_possible(config: RunConfig, store: EventStore, targets: Targets) -> dic
     """``ceiling`` and ``ceiling_without_times`` of a planted log; nothing for others."""
     if not isinstance(config.data, PlantedConfig):
         return {}
-    ks, masked = config.evaluation.ks, config.evaluation.mask_seen
-    found = {"ceiling": ceiling(store, config.data, targets, ks, mask_seen=masked)}
+    rule = config.evaluation.mask_seen
+    best = partial(
+        ceiling, store, config.data, targets, config.evaluation.ks, mask_seen=bool(rule),
+        window=masked_events(rule, config.layout),
+    )  # fmt: skip
+    found = {"ceiling": best()}
     if not config.data.item_arrival:  # what has arrived depends on the clock, so nobody is blind to it there
-        found["ceiling_without_times"] = ceiling(store, config.data, targets, ks, see_times=False, mask_seen=masked)
+        found["ceiling_without_times"] = best(see_times=False)
     return found
 
 
-def describe_data(store: EventStore, split: Split, mask_seen: bool) -> dict[str, Any]:
-    """Counts and caveats for the results."""
+def describe_data(config: RunConfig, store: EventStore, split: Split, targets: Targets) -> dict[str, Any]:
+    """Counts, and caveats of judging with ``targets``, for the results."""
     lengths = store.lengths
     caveats = list(store.manifest.get("caveats", []))
-    again, copies = repeated_targets(store, split.test)
-    if mask_seen and again:
+    rule, part = config.evaluation.mask_seen, "test" if targets is split.test else "validation"
+    again, copies = repeated_targets(store, targets, masked_events(rule, config.layout))
+    if rule and again:
         caveats.append(
-            f"{again:,} of {len(split.test):,} test targets had been seen before: with mask_seen they count as missed"
+            f"{again:,} of {len(targets):,} {part} targets had been seen before: with mask_seen they count as missed"
         )
     if copies:
-        caveats.append(f"{copies:,} test targets stand in their own history with the same item and time")
+        caveats.append(f"{copies:,} {part} targets stand in their own history with the same item and time")
     return {
         "source": store.manifest.get("source", ""),
         "users": store.num_users,
@@ -276,7 +284,8 @@ def examples(
     batch = evaluation_batch(store, targets, rows, config.layout).to(ctx.device)
     exclude = None
     if config.evaluation.mask_seen:
-        exclude = seen_mask(store, targets.user[rows], targets.position[rows]).to(ctx.device)
+        window = masked_events(config.evaluation.mask_seen, config.layout)
+        exclude = seen_mask(store, targets.user[rows], targets.position[rows], window).to(ctx.device)
     ranked = model.recommend(batch, 10, exclude)
     shown = []
     for row, index in enumerate(rows):

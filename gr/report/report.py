@@ -103,7 +103,7 @@ def _protocol(run: RunData) -> str:
             + (" (the full corpus)" if protocol.get("ranking") == "full" else "")
         )
     if "mask_seen" in protocol:
-        parts.append("items already seen are left out" if protocol["mask_seen"] else "items already seen stay in")
+        parts.append(words.SEEN_RULES[protocol["mask_seen"]])
     if protocol.get("ties"):
         parts.append(f"ties: {protocol['ties']}")
     return "; ".join(parts) + "."

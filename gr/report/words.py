@@ -6,6 +6,13 @@ from typing import Any
 
 from gr.report.run_data import RunData, metric_names
 
+# ``evaluation.mask_seen`` in words.
+SEEN_RULES = {
+    False: "items already seen stay in",
+    True: "items already seen are left out",
+    "window": "items among the latest events, which the model reads, are left out",
+}
+
 
 def percent(value: float) -> str:
     """0.4123 -> '41 %'; below ten per cent one decimal is kept."""

@@ -14,6 +14,7 @@ from gr.data.split import SPLITS, LeaveOneOutConfig
 from gr.errors import UserError
 from gr.evaluation.baselines import BASELINES
 from gr.evaluation.metrics import metric_names
+from gr.evaluation.ranking import SeenRule
 from gr.models.objectives import OBJECTIVES, FullSoftmaxConfig
 from gr.models.retrieval import ModelConfig
 from gr.training.config import TrainConfig
@@ -25,8 +26,10 @@ class EvaluationConfig:
 
     Attributes:
         ks: Cut-offs of HR and NDCG.
-        mask_seen: Items that the user has already had leave the candidates (the target never does). Right for
-            logs in which nobody repeats an item; wrong where people do.
+        mask_seen: Which items that the user has already had leave the candidates: ``false`` none, ``true`` all,
+            ``window`` those among the last ``layout.max_events`` events, which are what the encoder reads (as
+            arXiv 2402.17152's public code does). Right for logs in which nobody repeats an item; wrong where
+            people do.
         batch_size: Histories encoded at a time. Part of the protocol: with it the ranks are the same on any
             number of processes, bit for bit.
         validation_users: Validation targets used during training, an even sample; 0: all.
@@ -34,7 +37,7 @@ class EvaluationConfig:
     """
 
     ks: tuple[int, ...] = (1, 5, 10, 50)
-    mask_seen: bool = False
+    mask_seen: SeenRule = False
     batch_size: int = 256
     validation_users: int = 0
     baselines: tuple[str, ...] = ("popularity", "repeat_last", "markov", "item_knn")

@@ -45,6 +45,23 @@ def split_logs(draw: st.DrawFn) -> tuple[EventStore, Split]:
         raise
 
 
+@st.composite
+def raw_rows(draw: st.DrawFn) -> list[tuple[object, str, int, int, str]]:
+    """2 to 60 rows (user, item, time, position, action) with repeats and ties; user 0 has two events at least.
+
+    Users are integers; items are text, in half of the logs all of them numbers.
+    """
+    row = st.tuples(
+        st.integers(0, 6),
+        st.sampled_from(["0", "3", "20", "100"] if draw(st.booleans()) else ["0", "20", "020", "7a", "B"]),
+        st.integers(-2, 4),
+        st.integers(0, 1),
+        st.sampled_from(["1", "10", "2.5"]),
+    )
+    some = draw(st.lists(row, min_size=2, max_size=60))
+    return [(0, "0", 0, 0, "1"), *some, (0, "0", 1, 0, "1")]
+
+
 layouts = st.builds(
     LayoutConfig, kind=st.sampled_from(["items", "interleaved", "added"]), max_events=st.integers(1, 12)
 )

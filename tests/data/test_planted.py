@@ -147,6 +147,15 @@ def test_the_oracle_hits_as_often_as_the_ceiling_says(tmp_path):
     hit = ((p > target).sum(1) < 10) & (target[:, 0] >= 0)
     expected = ceiling(store, cfg, targets, (10,), mask_seen=True)["hr@10"]
     assert abs(hit.mean() - expected) < 4 * np.sqrt(expected * (1 - expected) / len(last))
+    # A window as long as the longest history masks all of it, one of 3 events less.
+    longest = int(store.lengths.max())
+    assert ceiling(store, cfg, targets, (10,), mask_seen=True, window=longest)["hr@10"] == expected
+    windowed = ceiling(store, cfg, targets, (10,), mask_seen=True, window=3)["hr@10"]
+    p = predictive(make_law(cfg), offsets, items[history], times[history], None, times[last])
+    p[seen_pairs(store, targets.user, targets.position, 3)] = -1.0
+    target = p[np.arange(len(last)), items[last]][:, None]
+    hit = ((p > target).sum(1) < 10) & (target[:, 0] >= 0)
+    assert abs(hit.mean() - windowed) < 4 * np.sqrt(windowed * (1 - windowed) / len(last))
 
 
 def test_times_carry_information_and_the_blind_ranker_is_the_best_without_them(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,9 +38,64 @@ def test_a_missing_file(tmp_path: Path) -> None:
     assert "does not exist; did you mean" in refusal(tmp_path / "lgo.csv")
 
 
-def test_a_folder(tmp_path: Path) -> None:
+def test_a_folder_without_parquet_files(tmp_path: Path) -> None:
     (tmp_path / "log.csv").mkdir()
-    assert "is not a file" in refusal(tmp_path / "log.csv")
+    csv(tmp_path / "log.csv", GOOD)
+    assert "is not a file, and as a folder it holds no .parquet file" in refusal(tmp_path / "log.csv")
+
+
+def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
+    assert "matches no file" in refusal(tmp_path / "*.parquet")
+
+
+def test_the_row_named_is_that_of_its_own_file(tmp_path: Path) -> None:
+    csv(tmp_path, GOOD, "a.csv")
+    csv(tmp_path, GOOD, "b.csv")
+    csv(tmp_path, HEAD + "1,1,1\n1,1,soon\n", "c.csv")
+    message = refusal(tmp_path / "*.csv")
+    assert "c.csv: column 'timestamp' holds 'soon' in row 2 " in message
+
+
+def test_files_whose_times_are_of_two_types(tmp_path: Path) -> None:
+    for name, kind in (("a", pa.timestamp("ms")), ("b", pa.int64())):
+        columns = {"user_id": [1, 1], "item_id": [1, 2], "timestamp": pa.array([1, 2], kind)}
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    assert "b.parquet: column 'timestamp' is of type int64, unlike in the files before" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(("delimiter", "named"), [(";", "';'"), ("\t", r"'\t'"), ("|", "'|'")])
+def test_another_delimiter(tmp_path: Path, delimiter: str, named: str) -> None:
+    message = refusal(csv(tmp_path, GOOD.replace(",", delimiter)))
+    assert f"looks separated by {named}, so set data.delimiter: {named}" in message
+
+
+def test_a_delimiter_of_two_characters() -> None:
+    with pytest.raises(UserError, match="delimiter is '::'; it must be one ASCII character"):
+        TableConfig(path="x.csv", delimiter="::")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ((GOOD + "1,caf\u00e9,3\n").encode("latin-1"), "column 'item_id' is not UTF-8 text (byte 0xe9 in line 4)"),
+        (GOOD.replace("user_id", "us\u00e9r").encode("latin-1"), "its header is not UTF-8 text (byte 0xe9 in line 1)"),
+    ],
+)
+def test_another_encoding(tmp_path: Path, data: bytes, reason: str) -> None:
+    (tmp_path / "log.csv").write_bytes(data)
+    message = refusal(tmp_path / "log.csv")
+    assert reason in message and "set data.encoding: latin-1" in message
+
+
+def test_a_wide_encoding(tmp_path: Path) -> None:
+    for text in (GOOD, GOOD[:-1]):
+        (tmp_path / "log.csv").write_bytes(text.encode("utf-16"))
+        assert "is UTF-16 text; save it as UTF-8" in refusal(tmp_path / "log.csv")
+
+
+def test_a_cut_gz(tmp_path: Path) -> None:
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(GOOD.encode() * 50)[:-12])
+    assert "cannot be read as a CSV" in refusal(tmp_path / "log.csv.gz")
 
 
 def test_an_unknown_suffix(tmp_path: Path) -> None:
@@ -92,6 +148,21 @@ def test_milliseconds_taken_for_seconds(tmp_path: Path) -> None:
     assert "timestamp_unit: ms" in refusal(csv(tmp_path, HEAD + "1,1,1700000000000\n1,2,1700000000001\n"))
 
 
+@pytest.mark.parametrize("time", [10**12, -(10**12), 2**63 - 1, -(2**63)])
+def test_an_absurd_time(tmp_path: Path, time: int) -> None:
+    message = refusal(csv(tmp_path, HEAD + f"1,1,1\n1,2,{time}\n"))
+    assert f"holds {time} in row 2" in message and "beyond the year 5000 or before -1000" in message
+
+
+def test_a_time_beyond_int64(tmp_path: Path) -> None:
+    assert f"holds '{2**63}' in row 2" in refusal(csv(tmp_path, HEAD + f"1,1,1\n1,2,{2**63}\n"))
+
+
+def test_times_with_a_zone_in_some_rows_only(tmp_path: Path) -> None:
+    rows = "1,1,2024-02-01T00:00:00\n1,1,2024-02-01T00:00:00Z\n"
+    assert "with a zone in every row or in none" in refusal(csv(tmp_path, HEAD + rows))
+
+
 def test_a_fractional_or_textual_position(tmp_path: Path) -> None:
     assert "'b' in row 2" in refusal(csv(tmp_path, "user_id,item_id,position\n1,1,0\n1,2,b\n"))
 
@@ -137,6 +208,8 @@ def test_a_free_text_column_taken_for_actions(tmp_path: Path) -> None:
         ("item_id,title\n1,a\n1,b\n", "names 1 items twice"),
         ("item_id,title\n8,a\n", "none of the log's items"),
         ("item_id,title\n,a\n", "an empty id in 1 rows"),
+        ("item_id,title\n", "has no rows of data"),
+        ("item_id;title\n1;a\n", "data.delimiter: ';'"),
     ],
 )
 def test_a_wrong_item_table(tmp_path: Path, text: str, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,12 @@ def test_ids_above_int64_stay_text(tmp_path: Path) -> None:
         {"user_id": [1, 1], "item_id": pa.array([2**63 + 1, 5], pa.uint64()), "timestamp": [1, 2]},
     )
     assert sequences(load(path)) == {1: [str(2**63 + 1), "5"]}
+
+
+def test_ids_beyond_int64_in_a_csv_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(f"user_id,item_id,timestamp\n1,{2**64},1\n1,{2**64 + 1},2\n1,5,3\n")
+    assert sequences(load(path)) == {1: [str(2**64), str(2**64 + 1), "5"]}
 
 
 def test_dense_ids_do_not_depend_on_row_order(tmp_path: Path) -> None:
@@ -182,6 +189,48 @@ def test_rare_items_and_users_are_counted_once_then_users_again(tmp_path: Path) 
     assert store.manifest["repairs"]["rare_rows_dropped"] == 3
 
 
+LOG = {"user_id": [1, 1, 2, 1, 2], "item_id": [5, 6, 5, 7, 8], "timestamp": [3, 1, 2, 3, 2]}
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.csv.gz", "log.tsv", "log.parquet", "log.pq", "log.txt"])
+def test_every_form_of_a_log_makes_the_same_store(tmp_path: Path, name: str) -> None:
+    right = load(write(tmp_path / "right.parquet", LOG)).manifest["content_hash"]
+    path, fields = tmp_path / name, {}
+    if name.startswith("log.p"):
+        pq.write_table(pa.table(LOG), path, row_group_size=2)
+    else:
+        separator = {"log.tsv": "\t", "log.txt": ";"}.get(name, ",")
+        rows = [list(LOG), *zip(*LOG.values(), strict=True)]
+        text = "".join(separator.join(map(str, row)) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+        fields = {"delimiter": ";"} if name == "log.txt" else {}
+    assert load(path, **fields).manifest["content_hash"] == right
+
+
+def test_a_folder_or_a_pattern_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+    right = load(write(tmp_path / "right.parquet", LOG)).manifest["content_hash"]
+    folder = tmp_path / "events"
+    folder.mkdir()
+    for name, rows in (("b", slice(2, 5)), ("a", slice(0, 2))):
+        write(folder / f"{name}.parquet", {column: values[rows] for column, values in LOG.items()})
+    (folder / "_SUCCESS").touch()
+    for path in (folder, folder / "*.parquet"):
+        store = load(path)
+        assert store.manifest["content_hash"] == right and store.manifest["counts"]["rows_read"] == 5
+
+
+def test_a_latin_1_csv_is_read_where_the_config_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes("user_id,item_id,timestamp\n1,caf\u00e9,1\n1,th\u00e9,2\n".encode("latin-1"))
+    assert sequences(load(path, encoding="latin-1")) == {1: ["caf\u00e9", "th\u00e9"]}
+
+
+def test_a_quoted_field_may_hold_a_line_break(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text('user_id,item_id,timestamp\n1,"a\nb",1\n1,c,2\n')
+    assert sequences(load(path)) == {1: ["a\nb", "c"]}
+
+
 def test_a_csv_without_header_and_a_tsv(tmp_path: Path) -> None:
     path = tmp_path / "u.tsv"
     path.write_text("1\t5\t3\t100\n1\t6\t4\t99\n")
@@ -201,6 +250,8 @@ def test_titles_come_from_the_item_table(tmp_path: Path, candidates: str, known:
     assert titles[5] == "five" and titles[6] == "6"
     assert store.items["year"].to_pylist()[-1] is None
     assert sequences(store) == {1: [6, 5]}
+    assert store.manifest["repairs"]["items_missing_in_item_table"] == 1
+    assert store.manifest["counts"].get("items_without_events") == (1 if candidates == "all" else None)
 
 
 def test_a_config_names_the_source_by_kind() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from gr.errors import UserError
 from gr.evaluation.metrics import estimate, metric_names, per_target, summarise
@@ -45,10 +46,34 @@ def test_standard_error_of_independent_targets_is_the_textbook_one():
     values = np.random.default_rng(0).random(200)
     result = estimate(values, np.arange(200))
     assert result.se == pytest.approx(values.std(ddof=1) / np.sqrt(200))
+    # In the middle of [0, 1] the score interval is the normal one but for terms of 1 / n.
     assert (result.low, result.high) == (
-        pytest.approx(result.mean - 1.96 * result.se),
-        pytest.approx(result.mean + 1.96 * result.se),
+        pytest.approx(result.mean - 1.96 * result.se, abs=1e-3),
+        pytest.approx(result.mean + 1.96 * result.se, abs=1e-3),
     )
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 40), (40, 40), (1, 7), (3, 1000), (500, 1000)])
+def test_the_interval_of_a_hit_rate_without_ties_is_wilsons(hits, n):
+    result = estimate(np.arange(n) < hits, np.arange(n))
+    expected = binomtest(hits, n).proportion_ci(0.95, "wilson")
+    assert (result.low, result.high) == (pytest.approx(expected.low, abs=1e-9), pytest.approx(expected.high, abs=1e-9))
+    assert 0.0 <= result.low < result.high <= 1.0
+
+
+def test_equal_scores_do_not_make_an_interval_of_no_width():
+    for value in (0.0, 0.1, 1.0):
+        result = estimate(np.full(30, value), np.arange(30))
+        assert result.low <= value <= result.high and result.high - result.low > 0.05
+
+
+def test_intervals_of_small_samples_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    covered = [
+        found.low <= 0.05 <= found.high
+        for found in (estimate((rng.random(60) < 0.05).astype(float), np.arange(60)) for _ in range(2000))
+    ]
+    assert 0.93 < np.mean(covered) < 0.99  # the normal interval covers 0.81 here: no hit gives it no width
 
 
 def test_targets_of_one_user_do_not_count_as_independent():
@@ -60,7 +85,7 @@ def test_targets_of_one_user_do_not_count_as_independent():
 
 def test_one_target_has_the_widest_interval():
     result = summarise(make_ranks([0], [0]))["hr@10"]
-    assert (result.mean, result.se, result.low, result.high) == (1.0, 0.5, pytest.approx(0.02), 1.0)
+    assert (result.mean, result.se, result.low, result.high) == (1.0, 0.5, pytest.approx(0.2065, abs=1e-4), 1.0)
 
 
 @pytest.mark.parametrize("name", ["recall@10", "hr", "ndcg@0", "hr@-1", "mrr@10"])

@@ -11,7 +11,7 @@ from torch import nn
 
 from gr.data.layout import LayoutConfig
 from gr.data.loader import EvalLoader
-from gr.data.split import LeaveOneOutConfig, make_split
+from gr.data.split import LeaveOneOutConfig, PaperConfig, make_split
 from gr.errors import UserError
 from gr.evaluation.metrics import means, per_target, summarise
 from gr.evaluation.ranking import rank_targets, seen_mask, seen_pairs
@@ -69,6 +69,18 @@ def test_counts_equal_brute_force_under_ties(world, mask_seen, block, dtype):
     np.testing.assert_array_equal(ranks.tied, tied)
     np.testing.assert_array_equal(ranks.candidates, candidates)
     np.testing.assert_array_equal(ranks.rank, better + tied / 2 + 1)
+
+
+def test_the_three_rules_of_what_was_seen_on_a_hand_made_example(make_store):
+    # Target 4 after 0 1 2 3; the layout reads the last 3 events; item 5 was never seen.
+    store = make_store([[0, 1, 2, 3, 4], [4, 0, 1, 2, 4]], 6)
+    split = make_split(PaperConfig(), store)
+    table = torch.tensor([[9.0, 8.0, 7.0, 6.0, 5.0, 4.0]]).repeat(2, 1)
+    loader = EvalLoader(store, split.test, LAYOUT)
+    found = {rule: rank_targets(Fixed(table), loader, rule) for rule in (False, True, "window")}
+    # User 0: items 0 to 3 score higher. User 1: target 4 stands in the log, before the window of 3.
+    assert [found[rule].better.tolist() for rule in (False, True, "window")] == [[4, 4], [0, 2], [1, 1]]
+    assert [found[rule].candidates.tolist() for rule in (False, True, "window")] == [[6, 6], [2, 3], [3, 3]]
 
 
 def test_scores_too_large_to_keep_are_computed_twice_with_the_same_counts(world, monkeypatch):

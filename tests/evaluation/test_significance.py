@@ -9,7 +9,7 @@ import pytest
 
 from gr.errors import UserError
 from gr.evaluation.ranking import Ranks
-from gr.evaluation.significance import compare, paired_bootstrap
+from gr.evaluation.significance import compare, holm, paired_bootstrap
 
 
 def make_ranks(better: np.ndarray) -> Ranks:
@@ -67,3 +67,16 @@ def test_rankings_of_different_targets_are_refused():
     ranks = make_ranks(np.arange(50))
     with pytest.raises(UserError, match="differ in their targets"):
         compare(ranks, dataclasses.replace(ranks, position=ranks.position + 1))
+
+
+def test_drawing_users_and_drawing_kinds_of_users_agree():
+    gap = np.random.default_rng(6).choice([-0.5, 0.0, 0.25, 1.0], 400)
+    kinds = paired_bootstrap(gap, np.zeros(400), samples=4000)
+    users = paired_bootstrap(gap + np.arange(400) * 1e-9, np.zeros(400), samples=4000)  # every user a kind
+    np.testing.assert_allclose([users.low, users.high], [kinds.low, kinds.high], atol=0.01)
+
+
+def test_holm_adjusts_as_by_hand():
+    # 0.01 * 4, 0.02 * 3, then 0.03 * 2 and 0.2 * 1, each at least the one before.
+    np.testing.assert_allclose(holm([0.2, 0.01, 0.03, 0.02]), [0.2, 0.04, 0.06, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == []

@@ -43,7 +43,14 @@ class NextItem:
         return Ranked(items.masked_fill(best == float("-inf"), -1), best)
 
 
-def loaded(*, times: bool = True, actions: bool = False, kind: str = "items", mask_seen: bool = False) -> Loaded:
+def loaded(
+    *,
+    times: bool = True,
+    actions: bool = False,
+    kind: str = "items",
+    mask_seen: bool | str = False,
+    max_events: int = 50,
+) -> Loaded:
     """Users 'ann' (items 0 1 2 3 4) and 'bob' (2 2): one event a day; bob is too short to be held out."""
     columns = {"item_id": np.array([0, 1, 2, 3, 4, 2, 2])}
     if times:
@@ -60,7 +67,13 @@ def loaded(*, times: bool = True, actions: bool = False, kind: str = "items", ma
         items=pa.table({"item_id": pa.array([10, 11, 12, 13, 14, 15]), "title": TITLES}),
     )
     config = SimpleNamespace(evaluation=SimpleNamespace(mask_seen=mask_seen))
-    return Loaded(config, store, make_split(LeaveOneOutConfig(), store), LayoutConfig(kind=kind), NextItem())
+    return Loaded(
+        config,
+        store,
+        make_split(LeaveOneOutConfig(), store),
+        LayoutConfig(kind=kind, max_events=max_events),
+        NextItem(),
+    )
 
 
 def test_a_user_is_asked_with_the_history_before_the_held_out_event():
@@ -92,6 +105,14 @@ def test_seen_items_are_shown_as_the_run_was_evaluated_unless_said_otherwise(mas
     found = recommend(loaded(mask_seen=mask_seen), user="ann", k=3, include_seen=include_seen)
     assert [row.title for row in found] == titles
     assert found.held_out.candidates == (6 if len(titles) == 3 else 2)
+
+
+def test_with_a_window_only_what_the_model_reads_is_hidden():
+    run = loaded(mask_seen="window", max_events=2)  # of Alien, Aliens, Heat, Ran it reads the last two
+    found = recommend(run, user="ann", k=6)
+    assert [row.title for row in found] == ["[red]Brazil[/red]", "Solaris", "Alien", "Aliens"]
+    assert [row.seen for row in found] == [False, False, True, True] and found.held_out.candidates == 4
+    assert len(recommend(run, user="ann", k=6, include_seen=False)) == 2
 
 
 def test_a_user_as_of_a_time_has_only_earlier_events():

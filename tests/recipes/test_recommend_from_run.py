@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from gr.errors import run_cli
@@ -66,3 +67,27 @@ def test_an_unknown_user_or_title_is_one_sentence(run_dir, capsys):
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1, err
     assert run_cli(main, [str(run_dir.parent / "absent")]) == 2
+
+
+def test_a_file_for_all_users_agrees_with_each_user_alone(run_dir, tmp_path, capsys):
+    out = tmp_path / "recs.parquet"
+    assert run_cli(main, [str(run_dir), "--users", "all", "--out", str(out), "--k", "5", "--titles"]) == 0
+    assert "300 users" in capsys.readouterr().out
+    loaded, rows = load_run(run_dir), pq.read_table(out).to_pylist()
+    assert [row["user_id"] for row in rows] == loaded.store.user_ids.to_pylist()
+    for row in rows[::29]:
+        alone = recommend(loaded, user=row["user_id"], k=5).rows
+        assert row["items"] == [one.item_id for one in alone]
+        assert row["titles"] == [one.title for one in alone]
+        np.testing.assert_allclose(row["scores"], [one.score for one in alone], rtol=1e-5)
+    for arguments, words in (
+        (["--users", "all"], "--users and --out go together"),
+        (["--out", str(out)], "--users and --out go together"),
+        (["--titles"], "--titles goes with --users"),
+        (["--users", "0,999", "--out", str(out)], "1 of 2 users are not in the log"),
+        (["--users", "all", "--out", str(tmp_path / "no" / "o")], "its folder does not exist"),
+        (["--users", "all", "--user", "1", "--out", str(out)], "not allowed with"),
+    ):
+        assert run_cli(main, [str(run_dir), *arguments]) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1, err
