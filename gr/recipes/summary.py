@@ -9,6 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 
@@ -66,7 +67,7 @@ def print_evaluation(
         table.add_section()
         cells = [[f"{best[name]:.4f}", ""] if name in WITH_INTERVAL else [f"{best[name]:.4f}"] for name in names]
         table.add_row("best possible", *(cell for pair in cells for cell in pair))
-    console.print(table)
+    _print_whole(console, table)
 
     rival = (results["comparison"] or {}).get("rival")
     heads = ["targets", "HR@10", "95 %", "NDCG@10", "95 %", *([str(rival)] if rival else [])]
@@ -80,7 +81,7 @@ def print_evaluation(
         group = one["group"]
         cells = [f"{one['num']:,}", *_cells(one["metrics"], WITH_INTERVAL)]
         table.add_row(one["name"], *cells, *([f"{other['metrics']['ndcg@10']['mean']:.4f}"] if rival else []))
-    console.print(table)
+    _print_whole(console, table)
     console.print(f"weights: {escape(results['weights'])}")
     _caveats_and_audit(results, console)
     console.print(f"written: {folder / 'results.json'}", soft_wrap=True)
@@ -106,6 +107,14 @@ def _plain_table(title: str, heads: Sequence[str]) -> Table:
     for head in heads:
         table.add_column(escape(head), justify="right", no_wrap=True)
     return table
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Numbers are never cut: a table wider than the terminal is printed as wide as it is."""
+    wide = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    before, console.width = console.width, max(console.width, wide)
+    console.print(table)
+    console.width = before
 
 
 def _title(results: dict[str, Any], num: int, part: str) -> str:
@@ -162,7 +171,7 @@ def print_comparison(found: dict[str, Any], console: Console | None = None) -> N
             interval,
             "" if row["p"] is None else _p(row["p_holm"]),
         )
-    console.print(table)
+    _print_whole(console, table)
 
 
 def _difference(row: dict[str, Any]) -> str:

@@ -193,3 +193,14 @@ def test_a_split_without_validation_has_no_valid_part_to_judge(tmp_path):
         evaluate(tmp_path / "runs" / "tiny", part="valid")
     results, _ = evaluate(tmp_path / "runs" / "tiny", seen="mask")
     assert set(results["metrics"]) == {"HSTU", "Popularity", "Markov"}
+
+
+def test_no_number_is_cut_however_narrow_the_terminal(capsys):
+    from rich.console import Console
+
+    from gr.recipes.summary import _plain_table, _print_whole
+
+    table = _plain_table("t", [f"HR@{k}" for k in range(10)])
+    table.add_row("HSTU", *["0.12345"] * 10)
+    _print_whole(Console(width=40), table)
+    assert capsys.readouterr().out.count("0.12345") == 10

@@ -1,0 +1,157 @@
+"""Tables of runs on real data, for README, and the tests between them.
+
+    python -m benchmarks.real.tables        # makes benchmarks/results/real_comparisons.json anew
+
+A group is one model on one data set and split: its runs differ in their seed alone. Tests are paired over users: each
+user's score is the mean over the group's seeds, users are resampled.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.real.record import RANKS, RESULTS, rows
+from gr.evaluation.metrics import per_target
+from gr.evaluation.saved_ranks import load_ranks
+from gr.evaluation.significance import paired_bootstrap
+
+COMPARISONS = RESULTS / "real_comparisons.json"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one model that differ in their seed.
+
+    Attributes:
+        label: What the table says.
+        runs: Their names without ``-s<seed>``; a baseline is a run and its kind.
+        rule: What is masked when it is judged (a name of ``benchmarks.real.record.RULES``).
+        published: HR@10 and NDCG@10 as printed elsewhere.
+        command: How one of them is made.
+    """
+
+    label: str
+    runs: str
+    rule: str
+    published: tuple[float, float] | None = None
+    command: str = ""
+
+    @property
+    def baseline(self) -> str | None:
+        """The baseline's kind, where the group is one."""
+        return self.runs.partition(":")[2] or None
+
+    def found(self) -> list[dict[str, Any]]:
+        """Rows of its runs that are there, by seed."""
+        name = self.runs.partition(":")[0]
+        mine = [row for row in rows().values() if row["run"].rpartition("-s")[0] == name]
+        return sorted(mine, key=lambda row: row["seed"])[: 1 if self.baseline else None]
+
+    def metrics(self, row: dict[str, Any]) -> dict[str, dict[str, float]]:
+        """Test metrics of one of its rows."""
+        label = {"item_knn": "ItemKNN", "markov": "Markov", "popularity": "Popularity"}.get(self.baseline or "")
+        return row["metrics"][self.rule][label or row["label"]]
+
+    def per_user(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """((n,) users, (n,) mean over seeds of each one's score)."""
+        tail = f".{self.baseline}" if self.baseline else ""
+        ranks = [load_ranks(RANKS / f"{row['run']}.{self.rule}{tail}.parquet") for row in self.found()]
+        return ranks[0].user, np.mean([per_target(found, metric) for found in ranks], axis=0)
+
+
+ML1M = (
+    Group("HSTU-large", "ml-1m_hstu-large", "window", (0.3294, 0.1893)),
+    Group("HSTU", "ml-1m_hstu", "window", (0.3097, 0.1720)),
+    Group("HSTU without relative bias", "ml-1m_hstu-norab", "window"),
+    Group("SASRec", "ml-1m_sasrec", "window", (0.2853, 0.1603)),
+    Group("ItemKNN", "ml-1m_hstu:item_knn", "window"),
+    Group("Popularity", "ml-1m_hstu:popularity", "window"),
+)
+BEAUTY = (
+    Group("HSTU, our recipe", "beauty_hstu", "mask"),
+    Group("ItemKNN", "beauty_hstu:item_knn", "mask"),
+    Group("Markov", "beauty_hstu:markov", "mask"),
+    Group("Popularity", "beauty_hstu:popularity", "mask"),
+)
+TESTS = (
+    (ML1M[1], ML1M[3]),
+    (ML1M[1], ML1M[2]),
+    (BEAUTY[0], BEAUTY[1]),
+)
+
+
+def key(one: Group, other: Group) -> str:
+    """Name of a test."""
+    return f"{one.runs} - {other.runs}"
+
+
+def comparisons() -> dict[str, Any]:
+    """Every test whose runs are all there."""
+    made = {}
+    for one, other in TESTS:
+        if not one.found() or not other.found():
+            continue
+        for metric in ("hr@10", "ndcg@10"):
+            user, ours = one.per_user(metric)
+            also, theirs = other.per_user(metric)
+            assert np.array_equal(user, also), "tests are of the same users"
+            found = paired_bootstrap(ours, theirs, user, metric=metric)
+            made.setdefault(key(one, other), {})[metric] = {
+                "difference": round(found.difference, 5),
+                "low": round(found.low, 5),
+                "high": round(found.high, 5),
+                "p": round(found.p_value, 5),
+                "seeds": [len(one.found()), len(other.found())],
+            }
+    return made
+
+
+def table(groups: tuple[Group, ...], ks: tuple[int, ...] = (10, 50)) -> str:
+    """Markdown: mean over seeds and their standard deviation."""
+    published = any(group.published for group in groups)
+    names = ["hr@10", "ndcg@10", *(f"hr@{k}" for k in ks if k != 10)]
+    head = ["", "seeds", "HR@10", "sd", "NDCG@10", "sd", *(n.upper() for n in names[2:])]
+    head += ["published HR@10", "NDCG@10"] if published else []
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for group in groups:
+        found = [group.metrics(row) for row in group.found()]
+        if not found:
+            continue
+        values = {name: [metrics[name]["mean"] for metrics in found] for name in names if name in found[0]}
+        spread = {n: f"{statistics.stdev(v):.4f}" if len(v) > 1 else "" for n, v in values.items()}
+        cells = [group.label, "-" if group.baseline else str(len(found))]
+        for name in names:
+            cells.append(f"{statistics.mean(values[name]):.4f}" if name in values else "")
+            cells += [spread[name]] if name in ("hr@10", "ndcg@10") else []
+        if published:
+            cells += [f"{x:.4f}" for x in group.published] if group.published else ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sentence(one: Group, other: Group, metric: str = "ndcg@10") -> str:
+    """One line on a test."""
+    found = json.loads(COMPARISONS.read_text())[key(one, other)][metric]
+    return (
+        f"{one.label} less {other.label}, {metric.upper()}: {found['difference']:+.4f} "
+        f"(95 % {found['low']:+.4f} to {found['high']:+.4f}, p {_p(found['p'])}, paired over users, "
+        f"{found['seeds'][0]} and {found['seeds'][1]} seeds)."
+    )
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def main() -> None:
+    COMPARISONS.write_text(json.dumps(comparisons(), indent=1) + "\n")
+    print(table(ML1M, (10, 50, 200)), table(BEAUTY, (5, 10, 20)), COMPARISONS.read_text(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
