@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.real import tables
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -83,7 +85,42 @@ def _spread(ratio: dict[str, float]) -> str:
     return "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"quickstart": quickstart, "quality": quality, "cpu": cpu}
+def ml1m() -> str:
+    """Runs of the paper's recipe, the published figures beside them."""
+    return tables.table(tables.ML1M, (10, 50, 200)) + _sentences(tables.ML1M)
+
+
+def beauty() -> str:
+    """Our recipe on Amazon's Beauty, with the baselines that count."""
+    return tables.table(tables.BEAUTY, (5, 10, 20)) + _sentences(tables.BEAUTY)
+
+
+def _sentences(groups: tuple[tables.Group, ...]) -> str:
+    found = [tables.sentence(*test) for test in tables.TESTS if set(test) <= set(groups) and tables.made(*test)]
+    return "\n\n" + "\n".join(f"- {sentence}" for sentence in found) if found else ""
+
+
+def preparation() -> str:
+    """One sentence on the largest log that was prepared (``benchmarks.data.out_of_core``)."""
+    rows = [json.loads(line) for line in (RESULTS / "out_of_core_20261123.jsonl").read_text().splitlines()]
+    row = max(rows, key=lambda found: found["rows"])
+    counts = row["counts"]
+    return (
+        f"a generated log of {counts['rows_read']:,} events, {counts['users']:,} users and {counts['items']:,} items "
+        f"({row['parameters']['files']} Parquet files) was prepared with a peak of "
+        f"{row['prepare']['peak_rss_gib']:.2f} GiB of memory; reading the result whole, as training does, took "
+        f"{row['read']['peak_rss_gib']:.2f} GiB (`python -m benchmarks.data.out_of_core`)."
+    )
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "ml1m": ml1m,
+    "beauty": beauty,
+    "preparation": preparation,
+    "quality": quality,
+    "cpu": cpu,
+}
 
 
 def render(text: str) -> str:

@@ -11,6 +11,7 @@ the run's baselines too. A row of the same run is replaced. Paths of this machin
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from gr.evaluation.saved_ranks import load_ranks
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROWS = RESULTS / "real_runs.jsonl"
 RANKS = RESULTS / "ranks"
+KEPT = ("better", "tied", "candidates")
 RULES = {False: "keep", True: "mask", "window": "window"}
 """Names of ``evaluation.mask_seen``."""
 
@@ -44,7 +46,7 @@ def row_of(run: Path) -> dict[str, Any]:
         "run": run.name,
         "label": model["label"],
         "seed": results["seed"],
-        "config": _portable(parse_yaml((run / "config.yaml").read_text(), str(run / "config.yaml"))),
+        "config": portable(parse_yaml((run / "config.yaml").read_text(), str(run / "config.yaml"))),
         "config_hash": results["config_hash"],
         "data": results["data"] | {"content_hash": json.loads((run / "data.json").read_text())["content_hash"]},
         "num_candidates": results["protocol"]["num_candidates"],
@@ -70,27 +72,42 @@ def row_of(run: Path) -> dict[str, Any]:
 
 
 def epochs(path: Path) -> list[dict[str, Any]]:
-    """Mean training loss of each epoch, by its logged steps, and the validation scores after it."""
+    """Mean training loss of each epoch (the first is 1), by its logged steps, and the validation scores after it."""
     losses: dict[int, list[float]] = {}
     scores: dict[int, dict[str, float]] = {}
     for line in path.read_text().splitlines():
         entry = json.loads(line)
         if "loss" in entry:
-            losses.setdefault(entry["epoch"], []).append(entry["loss"])
+            losses.setdefault(entry["epoch"] + 1, []).append(entry["loss"])
         found = {k: round(entry["evaluation"][k], 5) for k in ("hr@10", "ndcg@10")} if "evaluation" in entry else {}
         if found:
-            scores[entry["epoch"]] = found
+            scores[entry["epoch"] + 1] = found
     every = sorted({*losses, *scores})
     mean = {epoch: round(float(np.mean(values)), 4) for epoch, values in losses.items()}
     return [{"epoch": e} | ({"loss": mean[e]} if e in mean else {}) | scores.get(e, {}) for e in every]
 
 
 def keep_ranks(ranks: Ranks, path: Path) -> None:
-    """Ranks as small as they get: int32, zstd."""
-    columns = {name: pa.array(np.asarray(getattr(ranks, name)).astype(np.int32)) for name in COLUMNS}
-    table = pa.table(columns).replace_schema_metadata({"num_items": str(ranks.num_items)})
+    """What metrics are made of, as small as it gets: int32, zstd.
+
+    Which items the targets are is not kept, for these logs may not be redistributed; a hash tells whether two files are
+    of the same targets in the same order.
+    """
+    wanted = [np.asarray(getattr(ranks, name)).astype(np.int64) for name in ("user", "position", "target")]
+    targets = hashlib.sha256(np.concatenate(wanted).tobytes()).hexdigest()
+    columns = {name: pa.array(np.asarray(getattr(ranks, name)).astype(np.int32)) for name in KEPT}
+    table = pa.table(columns).replace_schema_metadata({"num_items": str(ranks.num_items), "targets_sha256": targets})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, compression="zstd", compression_level=19)
+
+
+def kept_ranks(path: Path) -> tuple[Ranks, str]:
+    """What ``keep_ranks`` wrote (users, positions and targets are not known), and the hash of its targets."""
+    table = pq.read_table(path)
+    arrays = {name: table[name].to_numpy().astype(np.int64) for name in KEPT}
+    unknown = {name: np.arange(table.num_rows) for name in COLUMNS if name not in KEPT}
+    metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    return Ranks(**unknown, **arrays, num_items=int(metadata["num_items"])), metadata["targets_sha256"]
 
 
 def rows() -> dict[str, dict[str, Any]]:
@@ -105,18 +122,19 @@ def record(run: Path, baselines: bool) -> None:
     row = row_of(run)
     kept = rows() | {row["run"]: row}
     ROWS.write_text("".join(json.dumps(kept[name], ensure_ascii=False) + "\n" for name in sorted(kept)))
-    own = RULES[json.loads((run / "results.json").read_text())["protocol"]["mask_seen"]]
-    keep_ranks(load_ranks(run / "ranks_test.parquet"), RANKS / f"{run.name}.{own}.parquet")
-    for folder in sorted((run / "evaluations").glob("test-*")):
+    places = [(run, run / "ranks_test.parquet", run / "stages" / "baselines")]
+    places += [(folder, folder / "ranks.parquet", folder) for folder in sorted((run / "evaluations").glob("test-*"))]
+    for folder, ranks, counted in places:
         rule = RULES[json.loads((folder / "results.json").read_text())["protocol"]["mask_seen"]]
-        keep_ranks(load_ranks(folder / "ranks.parquet"), RANKS / f"{run.name}.{rule}.parquet")
-    if baselines:
-        for path in sorted((run / "stages" / "baselines").glob("ranks_*.parquet")):
+        keep_ranks(load_ranks(ranks), RANKS / f"{run.name}.{rule}.parquet")
+        for path in sorted(counted.glob("ranks_*.parquet")) if baselines else ():
             kind = path.stem.removeprefix("ranks_")
-            keep_ranks(load_ranks(path), RANKS / f"{run.name}.{own}.{kind}.parquet")
+            if kind == "repeat_last":  # where what was seen is masked, it is Popularity
+                continue
+            keep_ranks(load_ranks(path), RANKS / f"{run.name}.{rule}.{kind}.parquet")
 
 
-def _portable(config: dict[str, Any]) -> dict[str, Any]:
+def portable(config: dict[str, Any]) -> dict[str, Any]:
     """A config without this machine's folders: names of files stay, where they lay goes."""
     return {key: _bare(value) for key, value in config.items() if key not in ("runs", "cache")}
 

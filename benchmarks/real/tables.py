@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.real.record import RANKS, RESULTS, rows
+from benchmarks.real.record import RANKS, RESULTS, kept_ranks, rows
 from gr.evaluation.metrics import per_target
-from gr.evaluation.saved_ranks import load_ranks
 from gr.evaluation.significance import paired_bootstrap
 
 COMPARISONS = RESULTS / "real_comparisons.json"
@@ -57,11 +56,12 @@ class Group:
         label = {"item_knn": "ItemKNN", "markov": "Markov", "popularity": "Popularity"}.get(self.baseline or "")
         return row["metrics"][self.rule][label or row["label"]]
 
-    def per_user(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """((n,) users, (n,) mean over seeds of each one's score)."""
+    def per_user(self, metric: str) -> tuple[str, np.ndarray]:
+        """(hash of the targets, (n,) mean over seeds of each one's score)."""
         tail = f".{self.baseline}" if self.baseline else ""
-        ranks = [load_ranks(RANKS / f"{row['run']}.{self.rule}{tail}.parquet") for row in self.found()]
-        return ranks[0].user, np.mean([per_target(found, metric) for found in ranks], axis=0)
+        found = [kept_ranks(RANKS / f"{row['run']}.{self.rule}{tail}.parquet") for row in self.found()]
+        assert len({targets for _, targets in found}) == 1, "seeds are judged on the same targets"
+        return found[0][1], np.mean([per_target(ranks, metric) for ranks, _ in found], axis=0)
 
 
 ML1M = (
@@ -97,10 +97,10 @@ def comparisons() -> dict[str, Any]:
         if not one.found() or not other.found():
             continue
         for metric in ("hr@10", "ndcg@10"):
-            user, ours = one.per_user(metric)
+            targets, ours = one.per_user(metric)
             also, theirs = other.per_user(metric)
-            assert np.array_equal(user, also), "tests are of the same users"
-            found = paired_bootstrap(ours, theirs, user, metric=metric)
+            assert targets == also, "tests are of the same targets"
+            found = paired_bootstrap(ours, theirs, metric=metric)  # these splits hold out one event a user
             made.setdefault(key(one, other), {})[metric] = {
                 "difference": round(found.difference, 5),
                 "low": round(found.low, 5),
@@ -132,6 +132,11 @@ def table(groups: tuple[Group, ...], ks: tuple[int, ...] = (10, 50)) -> str:
             cells += [f"{x:.4f}" for x in group.published] if group.published else ["", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def made(one: Group, other: Group) -> bool:
+    """Whether a test's result is there."""
+    return COMPARISONS.exists() and key(one, other) in json.loads(COMPARISONS.read_text())
 
 
 def sentence(one: Group, other: Group, metric: str = "ndcg@10") -> str:
