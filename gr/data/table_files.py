@@ -6,6 +6,7 @@ import codecs
 import difflib
 import gzip
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,9 +173,7 @@ def _unreadable(path: Path, suffix: str, error: Exception, present: list[str] | 
     reason = " ".join(str(error).split())
     if suffix in _PARQUET:
         return UserError(f"{path} cannot be read as a Parquet file (truncated or corrupt): {reason}")
-    with _open(path) as file:
-        start = file.read(2)
-    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    if _start(path) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return UserError(f"{path} is UTF-16 text; save it as UTF-8")
     if isinstance(error, UnicodeError) or "invalid UTF8" in reason:
         column = re.search(r"column #(\d+)", reason)
@@ -201,6 +200,14 @@ def _first_wrong_byte(path: Path) -> str:
                 return f" (byte 0x{whole[error.start]:02x} in line {line})"
             line += block.count(b"\n")
     return ""
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with _open(path) as file:
+            return file.read(2)
+    except (OSError, EOFError, zlib.error):  # a broken .gz
+        return b""
 
 
 def _open(path: Path) -> BinaryIO:

@@ -93,8 +93,9 @@ def test_a_wide_encoding(tmp_path: Path) -> None:
         assert "is UTF-16 text; save it as UTF-8" in refusal(tmp_path / "log.csv")
 
 
-def test_a_cut_gz(tmp_path: Path) -> None:
-    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(GOOD.encode() * 50)[:-12])
+@pytest.mark.parametrize("data", [gzip.compress(GOOD.encode() * 50)[:-12], gzip.compress(GOOD.encode())[:9], b"1,2"])
+def test_a_broken_gz(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "log.csv.gz").write_bytes(data)
     assert "cannot be read as a CSV" in refusal(tmp_path / "log.csv.gz")
 
 
