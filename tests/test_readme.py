@@ -18,7 +18,7 @@ from benchmarks.readme import render
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.strip()]
+REAL = "On real data"
 SHORT = ["--train.max_steps=4", "--train.schedule.warmup_steps=0", "--train.tensorboard=false"]
 SMALL = ["--data.num_users=200", *SHORT, "--evaluation.baselines=[popularity]"]
 
@@ -65,20 +65,31 @@ def write_events(folder: Path) -> None:
     (folder / "events.csv").write_text(shown + "\n".join(more) + "\n")
 
 
-def test_every_command_works_as_written(tmp_path):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    write_events(tmp_path)
-    write_public_logs(tmp_path)
+def commands_of(*headings: str) -> list[str]:
+    """Commands of README's parts under a heading; without one: of all but ``REAL``."""
+    parts = {part.splitlines()[0]: part for part in re.split(r"^## ", README, flags=re.MULTILINE)}
+    chosen = [parts[name] for name in headings] or [part for name, part in parts.items() if name != REAL]
+    blocks = re.findall(r"^```bash\n(.*?)^```", "\n".join(chosen), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def run_all(commands: list[str], folder: Path) -> int:
+    (folder / "configs").symlink_to(ROOT / "configs")
     ran = 0
-    for command in COMMANDS:
+    for command in commands:
         if command in ("make test", ". .venv/bin/activate"):
             continue  # the first is what runs this test; the second has no output to check
         command = {"make train": "gr-train configs/quickstart.yaml"}.get(command, command)
-        done = execute(shrunk(command), tmp_path)
+        done = execute(shrunk(command), folder)
         assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
         ran += 1
-    assert ran >= 9
-    for name in ("quickstart", "no-time", "sasrec", "paper-loss", "two", "ml-1m_hstu-s0", "beauty_hstu-s0", "my-data"):
+    return ran
+
+
+def test_every_command_works_as_written(tmp_path):
+    write_events(tmp_path)
+    assert run_all(commands_of(), tmp_path) >= 9
+    for name in ("quickstart", "no-time", "sasrec", "paper-loss", "two", "my-data"):
         assert (tmp_path / "runs" / name / "report.html").exists(), name
     for kind, text in BLOCKS:
         if kind == "python":
@@ -87,6 +98,14 @@ def test_every_command_works_as_written(tmp_path):
                 [sys.executable, "-c", text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
             )
             assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done.stderr[-2000:]
+
+
+def test_every_command_on_real_data_works_as_written_with_a_file_at_hand(tmp_path):
+    write_public_logs(tmp_path)
+    assert run_all(commands_of(REAL), tmp_path) >= 9
+    for name in ("ml-1m_hstu-s0", "ml-1m_sasrec-s0", "beauty_hstu-s0"):
+        assert (tmp_path / "runs" / name / "report.html").exists(), name
+    assert (tmp_path / "recommendations.parquet").exists()
 
 
 @pytest.mark.parametrize("target", ["setup", "train", "test", "test-all", "lint", "bench"])
