@@ -39,7 +39,7 @@ def row_of(run: Path) -> dict[str, Any]:
     model = results["model"]
     own = results["metrics"]
     judged = {RULES[results["protocol"]["mask_seen"]]: own}
-    for folder in sorted((run / "evaluations").glob("test-*")):
+    for folder in evaluations(run):
         other = json.loads((folder / "results.json").read_text())
         judged[RULES[other["protocol"]["mask_seen"]]] = other["metrics"]
     return {
@@ -69,6 +69,11 @@ def row_of(run: Path) -> dict[str, Any]:
         },
         "audit": results["audit"],
     }
+
+
+def evaluations(run: Path) -> list[Path]:
+    """Folders in which ``gr-evaluate`` left test scores of the run's best weights."""
+    return sorted(f for f in (run / "evaluations").glob("test-*") if not f.name.endswith("-last"))
 
 
 def epochs(path: Path) -> list[dict[str, Any]]:
@@ -123,7 +128,7 @@ def record(run: Path, baselines: bool) -> None:
     kept = rows() | {row["run"]: row}
     ROWS.write_text("".join(json.dumps(kept[name], ensure_ascii=False) + "\n" for name in sorted(kept)))
     places = [(run, run / "ranks_test.parquet", run / "stages" / "baselines")]
-    places += [(folder, folder / "ranks.parquet", folder) for folder in sorted((run / "evaluations").glob("test-*"))]
+    places += [(folder, folder / "ranks.parquet", folder) for folder in evaluations(run)]
     for folder, ranks, counted in places:
         rule = RULES[json.loads((folder / "results.json").read_text())["protocol"]["mask_seen"]]
         keep_ranks(load_ranks(ranks), RANKS / f"{run.name}.{rule}.parquet")

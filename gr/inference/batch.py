@@ -65,6 +65,7 @@ def recommend_all(
     at: int | None = None,
     include_seen: bool | None = None,
     titles: bool = False,
+    whole: bool = False,
 ) -> int:
     """Writes what ``recommend`` would show each user; one row a user, in the order given.
 
@@ -79,6 +80,7 @@ def recommend_all(
         at: As in ``recommend``; a user without an earlier event gets empty lists.
         include_seen: As in ``recommend``.
         titles: Whether titles are written.
+        whole: As in ``recommend``.
 
     Returns:
         How many users got no list because they had no event before ``at``.
@@ -90,7 +92,7 @@ def recommend_all(
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     empty, writer, waiting, rows = 0, None, [], 0
     try:
-        for table, none in _tables(loaded, users, k, at, include_seen, titles):
+        for table, none in _tables(loaded, users, k, at, include_seen, titles, whole):
             empty += none
             writer = writer or pq.ParquetWriter(aside, table.schema)
             waiting.append(table)
@@ -114,14 +116,14 @@ def recommend_all(
 
 
 def _tables(
-    loaded: Loaded, users: np.ndarray, k: int, at: int | None, include_seen: bool | None, titles: bool
+    loaded: Loaded, users: np.ndarray, k: int, at: int | None, include_seen: bool | None, titles: bool, whole: bool
 ) -> Iterator[tuple[pa.Table, int]]:
     """(rows of some users, how many of them have no history)."""
     store = loaded.store
     size = max(1, min(USERS, SCORES // store.num_items))
     for lo in range(0, len(users), size):
         block = users[lo : lo + size]
-        pasts = [None if at is not None and not _begins_before(loaded, u, at) else user_past(loaded, u, at)
+        pasts = [None if at is not None and not _begins_before(loaded, u, at) else user_past(loaded, u, at, whole)
                  for u in block.tolist()]  # fmt: skip
         items, scores, counts = _ask(loaded, [past for past in pasts if past is not None], k, include_seen)
         lengths = np.zeros(len(block), np.int64)

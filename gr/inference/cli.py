@@ -31,6 +31,12 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--titles", action="store_true", help="with --users: writes titles, too")
     parse.add_argument("--k", type=int, default=10, help="how many items to show (10)")
     parse.add_argument("--at", metavar="TIME", help="as of this time: seconds since 1970 or 2001-05-03T18:30 (UTC)")
+    parse.add_argument(
+        "--whole-history",
+        dest="whole",
+        action="store_true",
+        help="the history is all that the log has of a user, held-out events too, as a service would have it",
+    )
     seen = parse.add_mutually_exclusive_group()
     seen.add_argument(
         "--include-seen",
@@ -66,13 +72,17 @@ def main(argv: list[str]) -> int:
         raise UserError("--titles goes with --users; recommendations for one user show titles anyway")
     if args.out is not None and not Path(args.out).resolve().parent.is_dir():
         raise UserError(f"--out {args.out} cannot be written: its folder does not exist")
+    if args.whole and args.history is not None:
+        raise UserError("--whole-history is about users of the log; a typed history is whole as it is")
     loaded = load_run(args.run, args.cache, args.device)
     if args.users is not None:
         return _write(loaded, args, at)
     history = None if args.history is None else [part.strip() for part in args.history.split(";")]
     if args.user is None and history is None:
         args.user = loaded.store.user_ids[int(loaded.split.test.user[0])].as_py()
-    found = recommend(loaded, user=args.user, history=history, k=args.k, at=at, include_seen=args.include_seen)
+    found = recommend(
+        loaded, user=args.user, history=history, k=args.k, at=at, include_seen=args.include_seen, whole=args.whole
+    )
     show(found, Console(highlight=False), loaded.store.manifest.get("caveats", []))
     return 0
 
@@ -83,7 +93,7 @@ def _write(loaded: Any, args: argparse.Namespace, at: int | None) -> int:
     if at is not None:
         loaded.store.require_times("a recommendation at a given time")
     users = find_users(loaded, args.users)
-    options = {"k": args.k, "at": at, "include_seen": args.include_seen, "titles": args.titles}
+    options = {"k": args.k, "at": at, "include_seen": args.include_seen, "titles": args.titles, "whole": args.whole}
     empty = recommend_all(loaded, users, args.out, **options)
     print(f"{args.out}: {len(users):,} users, up to {args.k} items each")
     if empty:

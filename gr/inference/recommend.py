@@ -135,6 +135,7 @@ def recommend(
     k: int = 10,
     at: int | None = None,
     include_seen: bool | None = None,
+    whole: bool = False,
 ) -> Recommendations:
     """The k best items for a user of the log, or for a typed history.
 
@@ -145,6 +146,7 @@ def recommend(
         k: How many.
         at: Seconds: the user as of that time (only earlier events count), or when a typed history is asked.
         include_seen: Whether items of the history may be shown; ``None``: as the run was evaluated.
+        whole: The user's history is all of the log, the held-out events too, as a service would have it.
 
     Raises:
         UserError: Unknown user or item, no events before ``at``, a log without times, a k below 1.
@@ -155,7 +157,10 @@ def recommend(
         raise UserError("give either a user or a history, not both and not neither")
     if at is not None:
         loaded.store.require_times("a recommendation at a given time")
-    past = user_past(loaded, find_user(loaded.store, user), at) if history is None else typed_past(loaded, history, at)
+    if history is not None:
+        past = typed_past(loaded, history, at)
+    else:
+        past = user_past(loaded, find_user(loaded.store, user), at, whole)
     rows, held_out = _ask(loaded, past, k, include_seen)
     events = [
         Event(
@@ -183,15 +188,15 @@ def hidden_items(loaded: Loaded, items: np.ndarray, include_seen: bool | None) -
     return items if window is None else items[-window:]
 
 
-def user_past(loaded: Loaded, u: int, at: int | None = None) -> Past:
-    """The events of the user with index ``u`` before the held-out one, or before ``at`` where that is earlier."""
+def user_past(loaded: Loaded, u: int, at: int | None = None, whole: bool = False) -> Past:
+    """The events of the user with index ``u`` before the held-out one (``whole``: all), and before ``at``."""
     store, split = loaded.store, loaded.split
     shown = store.user_ids[u].as_py()
     events = slice(int(store.offsets[u]), int(store.offsets[u + 1]))
     columns = {name: values[events] for name, values in store.columns.items()}
     times = columns.get("timestamp")
     held_out = {"validation": _position(split.valid, u), "test": _position(split.test, u)}
-    stop = len(columns["item_id"]) if held_out["test"] is None else held_out["test"]
+    stop = len(columns["item_id"]) if whole or held_out["test"] is None else held_out["test"]
     if at is not None:
         stop = min(stop, int(np.searchsorted(times, at, side="left")))
         if stop == 0:

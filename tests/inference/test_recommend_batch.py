@@ -88,3 +88,13 @@ def test_users_come_from_a_file_or_a_list_and_unknown_ones_are_counted(tmp_path)
     ):
         with pytest.raises(UserError, match=words):
             find_users(run, wanted)
+
+
+def test_the_whole_history_holds_the_held_out_events_alone_and_in_a_file(tmp_path):
+    run = loaded(mask_seen=True)
+    before, whole = (recommend(run, user="ann", k=6, whole=flag) for flag in (False, True))
+    assert len(whole.history) == run.store.lengths[0] > len(before.history)
+    assert before.held_out is not None and whole.held_out is None
+    assert before.held_out.item not in {row.item for row in whole.rows}  # it has been seen now
+    recommend_all(run, np.array([0]), tmp_path / "o", k=6, whole=True)
+    assert read(tmp_path / "o")[0]["items"] == [row.item_id for row in whole.rows]
