@@ -12,10 +12,10 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gr.data import archives, download, table_files, text_blocks
+from gr.data import archives, download, text_blocks
 from gr.data.out_of_core import prepare_log
-from gr.data.raw import ItemTable, RawLog, Rules
-from gr.data.table import ItemTableConfig
+from gr.data.raw import RawLog, Rules
+from gr.data.table import ItemTableConfig, read_items
 from gr.errors import UserError
 
 TERMS = (
@@ -137,7 +137,8 @@ class Amazon:
             names = {"user_id": "reviewerID", "item_id": "asin", "timestamp": "unixReviewTime", "action": "overall"}
         if not self.config.ratings:
             del names["action"]
-        return RawLog(source=path.name, names=names, batches=self._batches(path, names), items=self._items())
+        items = None if self.config.items is None else read_items(self.config.items)
+        return RawLog(source=path.name, names=names, batches=self._batches(path, names), items=items)
 
     def _batches(self, path: Path, names: dict[str, str]) -> Iterator[pa.Table]:
         with archives.open_maybe_gzip(path) as stream:
@@ -179,20 +180,6 @@ class Amazon:
         if path.is_dir():
             raise UserError(f"{path} is a folder; data.path names a file such as {self.remote.name}")
         return path
-
-    def _items(self) -> ItemTable | None:
-        config = self.config.items
-        if config is None:
-            return None
-        wanted = (config.id, config.title, *config.columns)
-        form = table_files.Format(delimiter=config.delimiter, encoding=config.encoding)
-        batches = list(table_files.read(Path(config.path), wanted, form))
-        if not batches:
-            raise UserError(f"{config.path} has no rows of data; data.items names a table of titles")
-        source = pa.Table.from_batches(batches)
-        columns = {"item_id": source[config.id], "title": source[config.title]}
-        columns |= {name: source[name] for name in config.columns}
-        return ItemTable(config.path, config.id, pa.table(columns), config.candidates)
 
 
 def _with_first(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:

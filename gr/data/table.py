@@ -131,7 +131,7 @@ def read_log(config: TableConfig) -> RawLog:
         place = bisect.bisect_left(starts, row) - 1
         return str(paths[place]), row - starts[place]
 
-    items = None if config.items is None else _read_items(config.items)
+    items = None if config.items is None else read_items(config.items)
     return RawLog(config.path, names, batches(), items, locate if len(paths) > 1 else None)
 
 
@@ -149,7 +149,12 @@ def _named(config: TableConfig, path: Path, present: list[str]) -> dict[str, str
     return {name: column for name, column in (named | {"action": config.action}).items() if column}
 
 
-def _read_items(config: ItemTableConfig) -> ItemTable:
+def read_items(config: ItemTableConfig) -> ItemTable:
+    """The titles that a config names, unparsed.
+
+    Raises:
+        UserError: The file or a column is missing, or the file is broken.
+    """
     path, form = Path(config.path), _item_format(config)
     wanted = (config.id, config.title, *config.columns)
     source = pa.Table.from_batches(
