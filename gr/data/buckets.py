@@ -146,21 +146,27 @@ def drop_duplicates(buckets: list[Bucket], counts: Counts) -> int:
     return dropped
 
 
+def mixed(columns: list[np.ndarray]) -> np.ndarray:
+    """(n,) uint64 that looks random and depends on nothing but the row's integers."""
+    number = np.zeros(columns[0].size, np.uint64)
+    for values in columns:
+        number = (number ^ values.astype(np.int64).view(np.uint64)) * _ODD
+        number ^= number >> np.uint64(32)
+    return number
+
+
 def repeated(columns: list[np.ndarray]) -> np.ndarray:
     """(n,) bool: the row equals an earlier one in all columns (integers)."""
-    mixed = np.zeros(columns[0].size, np.uint64)
-    for values in columns:
-        mixed = (mixed ^ values.astype(np.int64).view(np.uint64)) * _ODD
-        mixed ^= mixed >> np.uint64(32)
-    ordered = np.sort(mixed)
+    number = mixed(columns)
+    ordered = np.sort(number)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    again = np.zeros(mixed.size, bool)
+    again = np.zeros(number.size, bool)
     if not twice.size:
         return again
     # Equal rows mix to equal numbers; whether rows of equal numbers are equal is seen here. Sorting these few costs
     # a tenth of sorting all rows by all columns.
-    place = np.searchsorted(twice, mixed)
-    rows = np.flatnonzero(twice[np.minimum(place, twice.size - 1)] == mixed)
+    place = np.searchsorted(twice, number)
+    rows = np.flatnonzero(twice[np.minimum(place, twice.size - 1)] == number)
     columns = [values[rows] for values in columns]
     order = np.lexsort(columns)  # stable, so that the first of equal rows comes first
     equal = np.ones(order.size - 1, bool)

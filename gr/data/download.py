@@ -82,6 +82,7 @@ def pinned_sha256(remote: Remote, folder: Path) -> str:
     Raises:
         UserError: As ``fetch``.
     """
+    _same_address(remote, folder)
     if first_seen(folder, remote.name) is None:
         fetch(remote, folder)
     return _manifest(folder)[remote.name]["sha256"]
@@ -103,6 +104,7 @@ def fetch(
             resumes), not the publisher's checksum, not the content first seen, or no space.
     """
     final = folder / remote.name
+    _same_address(remote, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / f".{remote.name}.lock") as locked:
@@ -122,6 +124,17 @@ def fetch(
                 f"the disk of {folder} is full; free some space, and the same command resumes {remote.name}"
             ) from None
         raise UserError(f"downloads folder {folder} cannot be used: {error}") from None
+
+
+def _same_address(remote: Remote, folder: Path) -> None:
+    """Files are known by their names: one of the same name from elsewhere is another file until a checksum says
+    otherwise."""
+    entry = _manifest(folder).get(remote.name)
+    if entry is not None and entry["url"] != remote.url and remote.md5 is None:
+        raise UserError(
+            f"{folder / remote.name} came from {entry['url']}, and {remote.url} has a file of the same name; set "
+            f"`cache` to another folder, or take {remote.name!r} out of {folder / 'manifest.json'} and delete it"
+        )
 
 
 def _download(remote: Remote, part: Path, attempts: int, sleep: Callable[[float], None]) -> None:
@@ -156,6 +169,8 @@ def _attempt(remote: Remote, part: Path) -> None:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             have, total = _start(response, have)
+            if not have:  # before the state names another version, nothing of the old one may be left
+                part.unlink(missing_ok=True)
             _write_state(part, {"url": remote.url, "validator": _validator(response), "total": total})
             _need_space(part.parent, None if total is None else total - have, remote.name)
             with part.open("r+b" if have else "wb") as file:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gr.data import columns
-from gr.data.buckets import Bucket, Counts, cut_by_user, drop_duplicates, drop_rare
+from gr.data.buckets import Bucket, Counts, cut_by_user, drop_duplicates, drop_rare, mixed
 from gr.data.columns import Where
 from gr.data.parse import ParsedLog, parse_log
 from gr.data.raw import ItemTable, RawLog, Rules
@@ -68,6 +68,7 @@ def prepare_log(raw: RawLog, rules: Rules, folder: str | Path, *, bucket_rows: i
             counted["items_without_events"] = table.num_rows - len(ids)
         manifest = {
             "source": Path(raw.source).name,
+            "ties": rules.ties,
             "caveats": list(rules.caveats),
             "repairs": repairs,
             "num_actions": len(actions),
@@ -76,7 +77,8 @@ def prepare_log(raw: RawLog, rules: Rules, folder: str | Path, *, bucket_rows: i
             **raw.extra,
         }
         # The manifest is written after the last chunk, so that what chunks count while they are made is in it.
-        write_store(folder, _chunks(buckets, users, counts, dense, log, repairs), table, manifest)
+        shuffled = rules.ties == "shuffled"
+        write_store(folder, _chunks(buckets, users, counts, dense, log, repairs, shuffled), table, manifest)
 
 
 def _drop(
@@ -145,6 +147,7 @@ def _chunks(
     dense: np.ndarray,
     log: ParsedLog,
     repairs: dict[str, Any],
+    shuffled: bool,
 ) -> Iterator[Chunk]:
     """Sorts bucket after bucket; counts out-of-order rows in ``repairs``.
 
@@ -155,6 +158,7 @@ def _chunks(
         dense: (V,) final number of each item of the log.
         log: Knows the unit of the times.
         repairs: To count in.
+        shuffled: Whether ties lose the order of the file.
     """
     for bucket in buckets:
         first, end = bucket.users
@@ -168,6 +172,9 @@ def _chunks(
         by_user = np.argsort(found["user"], kind="stable")
         same = np.diff(found["user"][by_user].astype(np.int32)) == 0
         repairs["out_of_order_rows_sorted"] += int((same & (np.diff(keys[-1][by_user]) < 0)).sum())
+        if shuffled:
+            # From what a row holds, so that neither the cut into buckets nor the order of the file matters.
+            keys.insert(0, mixed([found["user"] + np.int64(first), *(found[n] for n in found if n != "user")]))
         # Stable: rows that tie keep the order of the input, which decides what a split holds out.
         order = np.lexsort([*keys, found["user"]])
         flat = {"item_id": dense[found["item"][order]].astype(np.int64)}

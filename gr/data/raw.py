@@ -58,7 +58,10 @@ class Rules:
 
     Attributes:
         timestamp_unit: Unit of numeric times.
-        duplicates: ``drop`` keeps the first of rows equal in all columns, ``keep`` keeps all.
+        duplicates: ``drop`` keeps the first of rows equal in all columns that are read, ``keep`` keeps all.
+        ties: Order of a user's events of one time (and position): as in the ``file``, or ``shuffled`` (the same way
+            each time). Many files list events of one second or day in an order of their own, such as by item, which a
+            model can learn and which tells nothing of its users.
         core: How the two minima are applied. ``once``: items and users are counted once on the whole log
             after duplicates, then users again, as arXiv 2402.17152's code does with 5 and 5. ``iterated``:
             both again and again until nothing more goes (the k-core).
@@ -69,6 +72,7 @@ class Rules:
 
     timestamp_unit: TimeUnit = "s"
     duplicates: Literal["keep", "drop"] = "drop"
+    ties: Literal["file", "shuffled"] = "file"
     core: Literal["once", "iterated"] = "once"
     min_user_events: int = 1
     min_item_events: int = 1

@@ -10,6 +10,8 @@ from torch import Tensor
 # Logits of a block, by kind of device: 2 MiB of a processor's cache; enough to fill a GPU.
 BLOCK_LOGITS = {"cpu": 2**19}
 OTHER_BLOCK_LOGITS = 2**26
+# Each block adds to all of d_vectors, so it must not be small, however many items there are.
+LEAST_ROWS = 64
 
 
 def exact_dtype(query: Tensor) -> torch.dtype:
@@ -51,7 +53,7 @@ def _add_products(share: Tensor, query: Tensor, vectors: Tensor, d_query: Tensor
 
 def _blocks(query: Tensor, vectors: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of positions and their logits, which the next block overwrites."""
-    size = max(1, BLOCK_LOGITS.get(query.device.type, OTHER_BLOCK_LOGITS) // max(1, vectors.shape[0]))
+    size = max(LEAST_ROWS, BLOCK_LOGITS.get(query.device.type, OTHER_BLOCK_LOGITS) // max(1, vectors.shape[0]))
     buffer = query.new_empty(min(size, query.shape[0]), vectors.shape[0])
     for lo in range(0, query.shape[0], size):
         rows = slice(lo, min(lo + size, query.shape[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -89,6 +90,33 @@ def test_a_file_that_changes_midway_is_not_stitched_together(site: Site, folder:
         site.body = new
 
     assert fetch(site.remote(), folder, sleep=changed).read_bytes() == new
+
+
+def test_a_stop_between_a_changed_files_answer_and_its_bytes_stitches_nothing(
+    site: Site, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.cuts = [1000]
+    with pytest.raises(UserError):
+        fetch(site.remote(), folder, attempts=1)
+    site.body = BODY[::-1]
+
+    def full(*_: object) -> None:
+        raise UserError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "_need_space", full)
+        with pytest.raises(UserError, match="no space"):
+            fetch(site.remote(), folder, attempts=1)
+    assert fetch(site.remote(), folder, sleep=Waits()).read_bytes() == BODY[::-1]
+
+
+def test_a_file_of_the_same_name_from_elsewhere_is_not_taken_for_it(site: Site, folder: Path) -> None:
+    fetch(site.remote(), folder)
+    other = Remote(site.remote().url.replace("/log.bin", "/else/log.bin"), "terms")
+    for ask in (fetch, download.pinned_sha256):
+        with pytest.raises(UserError, match="has a file of the same name; set `cache` to another folder"):
+            ask(other, folder)
+    assert fetch(dataclasses.replace(other, md5=hashlib.md5(BODY).hexdigest()), folder).read_bytes() == BODY
 
 
 def test_a_part_that_no_longer_fits_is_dropped(site: Site, folder: Path) -> None:

@@ -167,3 +167,18 @@ def test_a_small_log_needs_no_temporary_file(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("gr.data.spill.Scratch.file", lambda _: pytest.fail("a file was asked for"))
     prepare_log(raw_log([(1, "1", 1, 0, "1"), (1, "2", 2, 0, "2")], 1), Rules(), tmp_path / "store")
     assert json.loads((tmp_path / "store" / "manifest.json").read_text())["counts"]["events"] == 2
+
+
+def test_shuffled_ties_lose_the_order_of_the_file_and_nothing_else() -> None:
+    rows = [(user, str(item), item // 10, 0, "1") for user in range(40) for item in range(30)]
+    one = prepared(rows, Rules(ties="shuffled"), batch=1200, bucket_rows=1200)
+    for again in (prepared(rows, Rules(ties="shuffled"), 7, 50), prepared(rows[::-1], Rules(ties="shuffled"), 7, 50)):
+        np.testing.assert_array_equal(one.columns["item_id"], again.columns["item_id"])
+    kept = prepared(rows, Rules(), batch=1200, bucket_rows=1200)
+    assert (one.manifest["ties"], kept.manifest["ties"]) == ("shuffled", "file")
+    for user, right in events(kept).items():
+        assert sorted(events(one)[user]) == sorted(right)
+        assert [time for _, time, _ in events(one)[user]] == [time for _, time, _ in right]
+    ids = one.columns["item_id"].reshape(40, 3, 10)
+    rising = (np.diff(ids, axis=2) > 0).mean()
+    assert 0.4 < rising < 0.6 and len({tuple(row) for row in ids[:, 0].tolist()}) == 40  # each user in an own order

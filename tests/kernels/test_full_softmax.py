@@ -27,6 +27,7 @@ def run(query, vectors, target, weight, backend):
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setitem(blocked.BLOCK_LOGITS, "cpu", 32)
+    monkeypatch.setattr(blocked, "LEAST_ROWS", 1)
 
 
 @given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 4), st.integers(0, 99))
