@@ -2,8 +2,8 @@
 
     python -m benchmarks.real.record runs/ml-1m_hstu-s0 [runs/...] [--baselines]
 
-A row holds the resolved config and its hash, seed, data (content hash, counts, caveats), commit and machine, the loss
-(and validation scores) of every epoch, and the test metrics under every rule that the run was judged by: its own, and
+A row holds the command, the resolved config and its hash, seed, data (content hash, counts, caveats), commit and
+machine, losses along the way, validation scores, and the test metrics under every rule that the run was judged by: its own, and
 those of ``gr-evaluate``. Ranks go to ``benchmarks/results/ranks/<run>.<rule>.parquet``; with ``--baselines`` those of
 the run's baselines too. A row of the same run is replaced. Paths of this machine are left out.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ def row_of(run: Path) -> dict[str, Any]:
         "config_hash": results["config_hash"],
         "data": results["data"] | {"content_hash": json.loads((run / "data.json").read_text())["content_hash"]},
         "num_candidates": results["protocol"]["num_candidates"],
+        "command": bare_command(environment["command"]),
         "commit": environment.get("git_commit"),
         "git_dirty": environment.get("git_dirty"),
         **{name: environment.get(name) for name in ("cpu", "threads", "torch", "python")},
@@ -71,13 +74,24 @@ def row_of(run: Path) -> dict[str, Any]:
     }
 
 
+def bare_command(command: str) -> str:
+    """A command without this machine's folders; where results and caches went is left out."""
+    words, kept = shlex.split(command), []
+    for place, word in enumerate(words):
+        if word not in ("--runs", "--cache") and (place == 0 or words[place - 1] not in ("--runs", "--cache")):
+            kept.append(
+                re.sub(r"/(?:[\w.-]+/)+", "", word) if "/" in word and not word.startswith("configs/") else word
+            )
+    return shlex.join(kept)
+
+
 def evaluations(run: Path) -> list[Path]:
     """Folders in which ``gr-evaluate`` left test scores of the run's best weights."""
     return sorted(f for f in (run / "evaluations").glob("test-*") if not f.name.endswith("-last"))
 
 
 def epochs(path: Path) -> list[dict[str, Any]]:
-    """Mean training loss of each epoch (the first is 1), by its logged steps, and the validation scores after it."""
+    """Mean training loss of the logged steps of each epoch (the first is 1; some have none), and validation scores."""
     losses: dict[int, list[float]] = {}
     scores: dict[int, dict[str, float]] = {}
     for line in path.read_text().splitlines():
