@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -14,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme import render
+from documents import ROOT, SHORT, blocks, execute, run
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+BLOCKS = blocks(README)
 REAL = "On real data"
-SHORT = ["--train.max_steps=4", "--train.schedule.warmup_steps=0", "--train.tensorboard=false"]
 SMALL = ["--data.num_users=200", *SHORT, "--evaluation.baselines=[popularity]"]
 
 
@@ -49,15 +47,6 @@ def shrunk(command: str) -> list[str]:
     return words
 
 
-def execute(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    homes = {"gr-recommend": "gr.inference.cli", "gr-launch": "gr.launch.cli"}
-    code = f"from {homes.get(words[0], words[0].replace('-', '.'))} import cli" + "; raise SystemExit(cli())"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *words[1:]], cwd=folder, env=env, capture_output=True, text=True, timeout=280
-    )
-
-
 def write_events(folder: Path) -> None:
     """The log whose first lines README shows, and enough others to learn from."""
     shown = next(text for kind, text in BLOCKS if kind == "csv")
@@ -69,8 +58,8 @@ def commands_of(*headings: str) -> list[str]:
     """Commands of README's parts under a heading; without one: of all but ``REAL``."""
     parts = {part.splitlines()[0]: part for part in re.split(r"^## ", README, flags=re.MULTILINE)}
     chosen = [parts[name] for name in headings] or [part for name, part in parts.items() if name != REAL]
-    blocks = re.findall(r"^```bash\n(.*?)^```", "\n".join(chosen), re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    shown = [text for kind, text in blocks("\n".join(chosen)) if kind == "bash"]
+    return [line for text in shown for line in text.splitlines() if line.strip()]
 
 
 def run_all(commands: list[str], folder: Path) -> int:
@@ -93,10 +82,7 @@ def test_every_command_works_as_written(tmp_path):
         assert (tmp_path / "runs" / name / "report.html").exists(), name
     for kind, text in BLOCKS:
         if kind == "python":
-            env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                [sys.executable, "-c", text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-            )
+            done = run([sys.executable, "-c", text], tmp_path, timeout=120)
             assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done.stderr[-2000:]
 
 
