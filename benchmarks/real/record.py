@@ -3,9 +3,9 @@
     python -m benchmarks.real.record runs/ml-1m_hstu-s0 [runs/...] [--baselines]
 
 A row holds the command, the resolved config and its hash, seed, data (content hash, counts, caveats), commit and
-machine, losses along the way, validation scores, and the test metrics under every rule that the run was judged by: its own, and
-those of ``gr-evaluate``. Ranks go to ``benchmarks/results/ranks/<run>.<rule>.parquet``; with ``--baselines`` those of
-the run's baselines too. A row of the same run is replaced. Paths of this machine are left out.
+machine, losses along the way, validation scores, and the test metrics under every rule that the run was judged by: its
+own, and those of ``gr-evaluate``. Ranks go to ``benchmarks/results/ranks/<run>.<rule>.parquet``; with ``--baselines``
+those of the run's baselines too. A row of the same run is replaced. Paths of this machine are left out.
 """
 
 from __future__ import annotations
