@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from gr.kernels.full_softmax import blocked
+from gr.kernels.registration import op
 
 
-@torch.library.custom_op("gr::full_softmax", mutates_args=())
+@op("full_softmax")
 def total_loss(query: Tensor, vectors: Tensor, target: Tensor, weight: Tensor, gradients: bool) -> list[Tensor]:
     """The loss ``()`` and, if asked for, its gradients by ``query`` and ``vectors``."""
     return blocked.total_loss(query, vectors, target, weight, gradients)

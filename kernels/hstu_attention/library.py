@@ -11,6 +11,7 @@ from torch import Tensor
 from gr.kernels.hstu_attention import cpu, native
 from gr.kernels.hstu_attention.checks import check_contents
 from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias
+from gr.kernels.registration import op
 
 BACKENDS = {"cpu": (cpu.forward, cpu.backward), "native": (native.forward, native.backward)}
 """Name -> (forward, backward): functions of tensors that keep no graph."""
@@ -53,7 +54,7 @@ def call(
     )
 
 
-@torch.library.custom_op("gr::hstu_attention", mutates_args=())
+@op("hstu_attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -85,7 +86,7 @@ def _(q, k, v, *rest) -> Tensor:
     return q.new_empty((*q.shape[:2], v.shape[2]))
 
 
-@torch.library.custom_op("gr::hstu_attention_backward", mutates_args=())
+@op("hstu_attention_backward")
 def _attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -121,6 +122,9 @@ def _(grad, q, k, v, q_offsets, kv_offsets, divisor, num_contextual, num_targets
     )
     dense = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     return (*dense, *tables)
+
+
+_attention_backward.without_derivative()
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from gr.kernels.registration import op
 from gr.kernels.sampled_logits import cpu, native
 
 BACKENDS = ("cpu", "native")
@@ -25,7 +26,7 @@ def _form(backend: str, dtype: torch.dtype) -> ModuleType:
     return cpu
 
 
-@torch.library.custom_op("gr::sampled_logits", mutates_args=())
+@op("sampled_logits")
 def logits(query: Tensor, vectors: Tensor, index: Tensor, backend: str) -> Tensor:
     """``(S, R)``, the dtype of query."""
     if index.numel() == 0:
@@ -38,7 +39,7 @@ def _(query, vectors, index, backend) -> Tensor:
     return query.new_empty(index.shape)
 
 
-@torch.library.custom_op("gr::sampled_combine", mutates_args=())
+@op("sampled_combine")
 def _combine(weights: Tensor, vectors: Tensor, index: Tensor, backend: str) -> Tensor:
     if index.numel() == 0:
         return vectors.new_zeros(index.shape[0], vectors.shape[1])
@@ -50,7 +51,7 @@ def _(weights, vectors, index, backend) -> Tensor:
     return vectors.new_empty(index.shape[0], vectors.shape[1])
 
 
-@torch.library.custom_op("gr::sampled_spread", mutates_args=())
+@op("sampled_spread")
 def _spread(weights: Tensor, query: Tensor, index: Tensor, count: int, backend: str) -> Tensor:
     if index.numel() == 0:
         return query.new_zeros(count, query.shape[1])
@@ -60,6 +61,10 @@ def _spread(weights: Tensor, query: Tensor, index: Tensor, count: int, backend: 
 @_spread.register_fake
 def _(weights, query, index, count, backend) -> Tensor:
     return query.new_empty(count, query.shape[1])
+
+
+_combine.without_derivative()
+_spread.without_derivative()
 
 
 def _save_logits(ctx, inputs, output) -> None:
@@ -78,7 +83,7 @@ def _logits_backward(ctx, grad: Tensor):
 logits.register_autograd(_logits_backward, setup_context=_save_logits)
 
 
-@torch.library.custom_op("gr::sampled_softmax", mutates_args=())
+@op("sampled_softmax")
 def softmax(
     query: Tensor,
     positive: Tensor,
