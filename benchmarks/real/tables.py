@@ -31,14 +31,12 @@ class Group:
         runs: Their names without ``-s<seed>``; a baseline is a run and its kind.
         rule: What is masked when it is judged (a name of ``benchmarks.real.record.RULES``).
         published: HR@10 and NDCG@10 as printed elsewhere.
-        command: How one of them is made.
     """
 
     label: str
     runs: str
     rule: str
     published: tuple[float, float] | None = None
-    command: str = ""
 
     @property
     def baseline(self) -> str | None:

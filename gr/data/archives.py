@@ -98,7 +98,7 @@ def named_damage(what: str) -> Iterator[None]:
     except _BROKEN as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{what} was cut short or damaged ({reason}); get it again") from None
-    except (OSError, RuntimeError, NotImplementedError) as error:  # the latter two: a password, an odd compression
+    except (OSError, RuntimeError) as error:  # the latter: a password, a compression that zipfile does not know
         raise UserError(f"{what} cannot be read: {error}") from None
 
 
