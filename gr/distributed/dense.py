@@ -47,7 +47,7 @@ class DataParallel(nn.Module):
             # torch 2.13 renames broadcast_buffers to a word that 2.11 does not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             plain = _PlainOutput(model)
-            # What is sharded differs between ranks, and learns by itself.
+            # What is sharded learns by itself.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(plain, _sharded_names(plain))
             self.parallel = DistributedDataParallel(
                 plain,

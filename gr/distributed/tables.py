@@ -65,14 +65,18 @@ class ShardedTables(nn.Module):
         self.specs = {spec.name: spec for spec in specs}
         self.plans = {plan.spec.name: plan for plan in plan_tables(specs, config, ctx.world)}
         with torch.random.fork_rng(devices=[]):  # torchrec draws rows of its own, which are not kept
-            self.collection = _collection(list(self.plans.values()), config, ctx)
-        self._optimizer = self.collection.fused_optimizer
+            collection = _collection(list(self.plans.values()), config, ctx)
+        # Held where nn.Module does not look: its parameters are views, some no leaves, that others must not touch.
+        self._held = (collection,)
+        self._optimizer = collection.fused_optimizer
+        # Stands for them: whoever freezes parameters freezes the tables.
+        self.learns = nn.Parameter(torch.empty(0))
         self._own_rows: dict[str, Tensor] = {}
         with torch.no_grad():
-            weights = self.collection.state_dict()
+            weights = self._weights()
             for spec in specs:
                 rows = draw(spec)
-                for shard in weights[f"embeddings.{spec.name}.weight"].local_shards():
+                for shard in weights[spec.name].local_shards():
                     (row, col), (num_rows, num_cols) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
                     shard.tensor.copy_(rows(row, row + num_rows)[:, col : col + num_cols])
 
@@ -99,12 +103,12 @@ class ShardedTables(nn.Module):
         names = list(self.specs)
         lengths = torch.tensor([flat[name].numel() for name in names], device=flat[names[0]].device)
         request = KeyedJaggedTensor(keys=names, values=torch.cat([flat[name] for name in names]), lengths=lengths)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._learns()):
-            answer = self.collection(request)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns.requires_grad):
+            answer = self._held[0](request)
             vectors = {name: answer[name].values() for name in names}
         found = {}
         for name, rows in ids.items():
-            found[name] = vectors[name][: rows.numel()].view(*rows.shape, -1)
+            found[name] = vectors[name][: rows.numel()].view(*rows.shape, self.specs[name].dim)
             if name in full_softmax:
                 self._own_rows[name] = vectors[name][rows.numel() :]
         return found
@@ -191,12 +195,8 @@ class ShardedTables(nn.Module):
         """Nothing: what was read into the tensors of ``saved()`` went to its place."""
 
     def _weights(self) -> dict[str, Any]:
-        weights = self.collection.state_dict()
+        weights = self._held[0].state_dict()
         return {name: weights[f"embeddings.{name}.weight"] for name in self.specs}
-
-    def _learns(self) -> bool:
-        """A phase freezes tables through ``requires_grad``, which fused kernels do not look at."""
-        return any(parameter.requires_grad for parameter in self.collection.parameters())
 
 
 def _collection(plans: list[TablePlan], config: TablesConfig, ctx: ProcessContext) -> ShardedEmbeddingCollection:

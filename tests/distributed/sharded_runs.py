@@ -15,7 +15,8 @@ from gr.training.phase import Phase
 from gr.training.run_config import RunConfig
 from gr.training.trainer import Trainer
 
-STEPS = 50
+SAVED = "rowwise_adagrad"
+"""The run that is saved within its only epoch of 50 steps."""
 FULL = {"kind": "full_softmax"}
 EACH = {"kind": "sampled_softmax", "num_negatives": 8}
 SHARED = {"kind": "sampled_softmax", "num_negatives": 32, "shared": True}
@@ -46,10 +47,11 @@ def run_config(folder: Path, run: str, sharding: str | None, **tables: Any) -> R
         },
         "objective": parts["objective"],
         "train": {
-            "epochs": 10, "max_steps": STEPS, "batching": {"batch_size": 32}, "log_every_steps": 1, "clip_norm": 1.0,
-            "tensorboard": False, "schedule": {"kind": "cosine", "warmup_steps": 5},
+            "epochs": 1, "batching": {"batch_size": 8}, "log_every_steps": 1, "clip_norm": 1.0, "tensorboard": False,
+            "schedule": {"kind": "cosine", "warmup_steps": 5},
+            "checkpoint_every_steps": 20 if run == SAVED else 0, "keep_last": 10,
         },
-        "distributed": {"tables": {**kind, "optimizer": parts["optimizer"], **tables}},
+        "distributed": {"tables": {"optimizer": parts["optimizer"], **kind, **tables}},
         "cache": str(folder / "cache"),
     }  # fmt: skip
     return configs.from_dict(RunConfig, raw, run)
