@@ -1,7 +1,4 @@
-"""Who holds which part of which table: a function of sizes and the number of ranks, computed without any device.
-
-``gr-plan`` prints it and ``ShardedTables`` builds it, so what is planned is what runs.
-"""
+"""Who holds which part of which table: a function of sizes and the number of ranks, computed without any device."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from gr.embedding.config import TablesConfig
 from gr.embedding.spec import TableSpec
 from gr.errors import UserError
 
-ROW_BYTES = {"fp32": 4, "fp16": 2}
 # Fused kernels read rows in vectors of this many numbers.
 COLUMN_MULTIPLE = 4
 
@@ -49,7 +45,7 @@ def plan_tables(specs: Sequence[TableSpec], config: TablesConfig, world: int) ->
 
     ``row_wise`` gives rank r the rows from r * ceil(V / world) on; a table too small to give each rank a row stays
     whole. ``column_wise`` gives each rank the same number of columns. Whole tables go, largest first, to the rank that
-    holds the fewest bytes so far.
+    holds the fewest numbers so far.
 
     Raises:
         UserError: A constraint names no table, or columns that this many ranks cannot share.
@@ -85,11 +81,6 @@ def slice_of(num_rows: int, world: int, rank: int) -> tuple[int, int]:
     """(lo, hi) rows that a rank scores, however the table is divided; those it holds where that is by rows."""
     block = row_block(num_rows, world)
     return min(rank * block, num_rows), min((rank + 1) * block, num_rows)
-
-
-def state_numbers(kind: str, shard: Shard) -> int:
-    """Numbers of optimizer state of a shard."""
-    return {"sgd": 0, "adagrad": shard.rows * shard.cols, "rowwise_adagrad": shard.rows}[kind]
 
 
 def _sharding(spec: TableSpec, config: TablesConfig, world: int) -> str:
