@@ -134,8 +134,8 @@ def apply_overrides(raw: Mapping[str, Any], arguments: Sequence[str]) -> dict[st
                 raise UserError(f"override --{key} needs a value, as in --{key} 3")
             value = rest.pop(0)
         pairs.append((key, value))
-    # A kind resets its part, so kinds go first whatever the order on the command line.
-    pairs.sort(key=lambda pair: not pair[0].endswith(".kind"))
+    # A kind resets its part and all within, so kinds go first, outer ones before inner ones, whatever the order given.
+    pairs.sort(key=lambda pair: (0, pair[0].count(".")) if pair[0].endswith(".kind") else (1, 0))
     for key, value in pairs:
         node = result
         *parents, leaf = key.split(".")

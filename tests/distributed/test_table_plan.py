@@ -77,3 +77,12 @@ def test_a_run_keeps_its_hash_while_its_tables_say_nothing_that_is_learned():
     ]
     assert hashes[0] == configs.config_hash(configs.from_dict(RunConfig, plain, "test"))
     assert hashes[1] == hashes[2] != hashes[0]
+
+
+def test_tables_are_sharded_by_overrides_in_any_order():
+    words = ["--distributed.tables.optimizer.lr", "0.5", "--distributed.tables.optimizer.kind", "adagrad"]
+    kind = ["--distributed.tables.kind", "sharded"]
+    for overrides in (words + kind, kind + words):
+        raw = configs.apply_overrides({"data": {"kind": "planted"}}, overrides)
+        tables = configs.from_dict(RunConfig, raw, "test").distributed.tables
+        assert (tables.kind, tables.optimizer.kind, tables.optimizer.lr) == ("sharded", "adagrad", 0.5)
