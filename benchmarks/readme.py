@@ -95,6 +95,21 @@ def beauty() -> str:
     return tables.table(tables.BEAUTY, (5, 10, 20)) + _sentences(tables.BEAUTY)
 
 
+def others() -> str:
+    """The same recipe, untouched, on three other logs."""
+    return tables.table(tables.OTHERS, (5, 10, 20)) + _sentences(tables.OTHERS)
+
+
+def ml100k() -> str:
+    """MovieLens-100K, leave-one-out."""
+    return tables.table(tables.ML100K, (10, 50)) + _sentences(tables.ML100K)
+
+
+def ml100k_temporal() -> str:
+    """MovieLens-100K, one cut in time for all."""
+    return tables.table(tables.ML100K_TEMPORAL, (10, 50)) + _sentences(tables.ML100K_TEMPORAL)
+
+
 def _sentences(groups: tuple[tables.Group, ...]) -> str:
     found = [tables.sentence(*test) for test in tables.TESTS if set(test) <= set(groups) and tables.made(*test)]
     return "\n\n" + "\n".join(f"- {sentence}" for sentence in found) if found else ""
@@ -117,6 +132,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "ml1m": ml1m,
     "beauty": beauty,
+    "others": others,
+    "ml100k": ml100k,
+    "ml100k_temporal": ml100k_temporal,
     "preparation": preparation,
     "quality": quality,
     "cpu": cpu,
