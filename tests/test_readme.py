@@ -21,7 +21,7 @@ REAL = "On real data"
 SMALL = ["--data.num_users=200", *SHORT, "--evaluation.baselines=[popularity]"]
 
 
-FILES = {"ml-1m_": "tiny-ml-1m.zip", "beauty_": "tiny-beauty.json"}
+FILES = {"ml-1m_": "tiny-ml-1m.zip", "ml-100k_": "tiny-ml-100k.zip", "beauty_": "tiny-beauty.json"}
 """Configs whose logs are downloaded, and the small files that take the download's place here."""
 
 
@@ -32,6 +32,9 @@ def write_public_logs(folder: Path) -> None:
     with zipfile.ZipFile(folder / "tiny-ml-1m.zip", "w") as archive:
         archive.writestr("ml-1m/ratings.dat", "".join(f"{u}::{i}::4::{t}\n" for u, i, t in events))
         archive.writestr("ml-1m/movies.dat", "".join(f"{i}::{title}::Drama\n" for i, title in titles.items()))
+    with zipfile.ZipFile(folder / "tiny-ml-100k.zip", "w") as archive:
+        archive.writestr("ml-100k/u.data", "".join(f"{u}\t{i}\t4\t{t}\n" for u, i, t in events))
+        archive.writestr("ml-100k/u.item", "".join(f"{i}|{title}{'|0' * 22}\n" for i, title in titles.items()))
     rows = [{"reviewerID": f"A{u}", "asin": f"B{i:09d}", "overall": 5.0, "unixReviewTime": t} for u, i, t in events]
     (folder / "tiny-beauty.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -89,7 +92,7 @@ def test_every_command_works_as_written(tmp_path):
 def test_every_command_on_real_data_works_as_written_with_a_file_at_hand(tmp_path):
     write_public_logs(tmp_path)
     assert run_all(commands_of(REAL), tmp_path) >= 9
-    for name in ("ml-1m_hstu-s0", "ml-1m_sasrec-s0", "beauty_hstu-s0"):
+    for name in ("ml-1m_hstu-s0", "ml-1m_sasrec-s0", "beauty_hstu-s0", "ml-100k_hstu-temporal-s0"):
         assert (tmp_path / "runs" / name / "report.html").exists(), name
     assert (tmp_path / "recommendations.parquet").exists()
 

@@ -63,8 +63,8 @@ class Group:
 
 
 ML1M = (
-    Group("HSTU, our recipe", "ml-1m_best", "window"),
     Group("HSTU-large", "ml-1m_hstu-large", "window", (0.3294, 0.1893)),
+    Group("HSTU, our recipe", "ml-1m_best", "window"),
     Group("HSTU", "ml-1m_hstu", "window", (0.3097, 0.1720)),
     Group("SASRec", "ml-1m_sasrec", "window", (0.2853, 0.1603)),
     Group("HSTU without relative bias", "ml-1m_hstu-norab", "window"),
@@ -114,7 +114,7 @@ TESTS = (
     (named(ML1M, "HSTU"), named(ML1M, "SASRec")),
     (named(ML1M, "HSTU"), named(ML1M, "HSTU without relative bias")),
     (named(ML1M, "HSTU, ties shuffled"), named(ML1M, "SASRec, ties shuffled")),
-    (named(ML1M, "HSTU, our recipe"), named(ML1M, "HSTU-large")),
+    (named(ML1M, "HSTU, our recipe"), named(ML1M, "HSTU")),
     (BEAUTY[0], BEAUTY[1]),
     (BEAUTY[4], BEAUTY[5]),
     *((OTHERS[i], OTHERS[i + 1]) for i in range(0, len(OTHERS), 3)),
