@@ -67,6 +67,7 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     from gr.scaling.driver import run_plan
     from gr.scaling.plan import assumed_rate, make_plan
+    from gr.scaling.recipe import find_recipe
 
     plan = make_plan(study, path)
     if args.command == "run":
@@ -84,6 +85,8 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> int:
             f"{at['epochs']:>6.2f} {at['n_encoder']:>19} {seconds:>8}{held}"
         )
     if args.command == "plan":
+        for name in dict.fromkeys(spec.recipe for spec in plan.specs):
+            print(f"recipe {name}: {find_recipe(name).chosen}")
         for out in plan.rejected:
             cell = f"{out.variant} scale {out.cell.scale:g} at {out.cell.budget:g} seed {out.seed}"
             print(f"left out: {cell}: {out.reason}")
@@ -152,6 +155,8 @@ def _predict(args: argparse.Namespace, overrides: list[str]) -> int:
     if found["line"] is not None:
         print(f"the compute line says {found['line']:.4f}")
     print(f"{args.flops / max(fitted['budgets']):.3g} times the largest fitted budget")
+    if found["at_end"]:
+        print("note: that is the end of the sizes looked at; the law names no best size within them")
     if specs:
         spec = specs[found["index"]]
         print(f"scale {spec.scale:g}: {spec.planned['steps']} steps, {spec.planned['epochs']:.2f} epochs")

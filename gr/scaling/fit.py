@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gr.errors import UserError
-from gr.scaling.law import Law, fit_law
+from gr.scaling.law import MOST, Law, fit_law
 
 FEWEST_RUNS, FEWEST_BUDGETS = 6, 2  # five parameters
 RUNS_FOR_INTERVALS, BUDGETS_FOR_INTERVALS, BUDGETS_FOR_LINE = 12, 3, 4
@@ -55,8 +55,10 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
     else:
         best = [min(row["loss"] for row in fitted if row["budget"] == budget) for budget in budgets]
         line = fit_law(np.array([budgets]), np.array(best))
-    if max(surface.exponents) > 4.9 or min(surface.exponents) < 1e-3:
-        notes.append("an exponent lies at the end of its range: these runs do not determine the law")
+    bounds = _intervals(laws) or {"alpha": [surface.exponents[0]], "beta": [surface.exponents[1]]}
+    for name in ("alpha", "beta"):
+        if min(bounds[name]) < 1e-3 or max(bounds[name]) > 0.99 * MOST:
+            notes.append(f"{name} reaches the end of its range (0 to {MOST:g}): these runs do not determine the law")
     slope, intercept = np.polyfit(np.log(axes[0]), np.log([row["model_flops"] / row["tokens"] for row in fitted]), 1)
     return {
         "objective": "sum of Huber(1e-3) of log-loss residuals; N = n_encoder, D = tokens read",
@@ -118,8 +120,8 @@ def predict(fitted: dict[str, Any], budget: float, sizes: list[tuple[float, floa
             fitted line of log FLOPs per token on log N.
 
     Returns:
-        ``n_encoder``, ``tokens``, ``loss``, ``interval``, ``index`` (of the chosen size), ``line`` (the compute
-        line's loss, or ``None``).
+        ``n_encoder``, ``tokens``, ``loss``, ``interval``, ``index`` (of the chosen size), ``at_end`` (it is the least
+        or largest looked at), ``line`` (the compute line's loss, or ``None``).
     """
     surface, laws = law_of(fitted["surface"]), [law_of(raw) for raw in fitted["bootstrap"]]
     if sizes is None:
@@ -136,5 +138,6 @@ def predict(fitted: dict[str, Any], budget: float, sizes: list[tuple[float, floa
         "loss": float(surface(n[best], d[best])),
         "interval": _spread(laws, n[best], d[best]),
         "index": best,
+        "at_end": n[best] in (n.min(), n.max()),
         "line": None if line is None else float(law_of(line)(budget)),
     }

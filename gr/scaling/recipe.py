@@ -6,11 +6,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from gr.errors import UserError
 from gr.modules.hstu import HSTUConfig
-from gr.modules.transformer import TransformerConfig
 from gr.scaling.design import Cell
 from gr.training.config import ScheduleConfig
 from gr.training.run_config import RunConfig
@@ -22,7 +20,6 @@ class Recipe:
 
     Attributes:
         name: Its name in RECIPES.
-        encoder: ``hstu`` or ``transformer``.
         width_per_scale: D = width_per_scale * s, rounded to whole heads.
         head_width: Heads = D / head_width; d_qk = d_v = head_width.
         depth_base: Layers = depth_base + depth_per_scale * ceil(s / 2).
@@ -43,7 +40,6 @@ class Recipe:
     """
 
     name: str
-    encoder: str
     width_per_scale: int
     head_width: int
     depth_base: int = 2
@@ -73,10 +69,10 @@ class Recipe:
         Raises:
             UserError: The base's encoder is of another kind, or it stops early.
         """
-        if base.model.encoder.kind != self.encoder:
+        if not isinstance(base.model.encoder, HSTUConfig):
             raise UserError(
-                f"recipe {self.name} makes encoder {self.encoder!r}, the base config {base.name} has "
-                f"{base.model.encoder.kind!r}; give one of that kind"
+                f"recipe {self.name} makes an hstu encoder, the base config {base.name} has "
+                f"{base.model.encoder.kind!r}; give one of encoder.kind hstu"
             )
         if base.train.early_stopping is not None:
             raise UserError(
@@ -84,12 +80,13 @@ class Recipe:
                 "is spent: set it to null"
             )
         dim, layers = self.width(cell.scale), self.layers(cell.scale)
-        sizes: dict[str, Any] = {"num_layers": layers, "num_heads": dim // self.head_width}
-        if isinstance(base.model.encoder, HSTUConfig):
-            sizes |= {"dim_qk": self.head_width, "dim_v": self.head_width}
-        elif isinstance(base.model.encoder, TransformerConfig) and base.model.encoder.ffn_dim is not None:
-            sizes |= {"ffn_dim": round(base.model.encoder.ffn_dim / base.model.dim * dim)}
-        encoder = dataclasses.replace(base.model.encoder, **sizes)
+        encoder = dataclasses.replace(
+            base.model.encoder,
+            num_layers=layers,
+            num_heads=dim // self.head_width,
+            dim_qk=self.head_width,
+            dim_v=self.head_width,
+        )
         optimizer = dataclasses.replace(base.train.optimizer, lr=self.lr * (dim / self.lr_width) ** -self.lr_exponent)
         return dataclasses.replace(
             base,
@@ -110,44 +107,26 @@ class Recipe:
         return dataclasses.replace(config, train=train)
 
 
-_CPU = {
-    "width_per_scale": 16,
-    "head_width": 16,
-    "depth_base": 1,
-    "depth_per_scale": 1,
-    "lr_width": 64,
-    "lr_exponent": 0.5,
-    "batch_tokens": 1100.0,
-    "batch_budget": 1e12,
-    "max_batch_tokens": 16384.0,
-}
-_GPU = {
-    "width_per_scale": 64,
-    "head_width": 64,
-    "depth_base": 2,
-    "depth_per_scale": 2,
-    "lr_width": 256,
-    "lr_exponent": 1.0,
-    "batch_tokens": 65536.0,
-    "batch_budget": 1e16,
-    "max_batch_tokens": 2097152.0,
-}
-_NO_SWEEP = (
-    "the learning rate at its reference width is that of configs/quickstart.yaml (a sweep of benchmarks/train); "
-    "its change with width and the batch's with budget are taken from language models and not verified here"
-)
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="hstu-cpu-1", encoder="hstu", lr=0.004, chosen=_NO_SWEEP, **_CPU),
-        Recipe(name="sasrec-cpu-1", encoder="transformer", lr=0.004, chosen=_NO_SWEEP, **_CPU),
-        Recipe(name="hstu-1", encoder="hstu", lr=0.001, chosen="taken from language models, not yet verified", **_GPU),
         Recipe(
-            name="sasrec-1", encoder="transformer", lr=0.001, chosen="taken from language models, not yet verified",
-            **_GPU,
+            name="hstu-cpu-1",
+            width_per_scale=16,
+            head_width=16,
+            depth_base=1,
+            depth_per_scale=1,
+            lr=0.004,
+            lr_width=64,
+            lr_exponent=0.5,
+            batch_tokens=1100.0,
+            batch_budget=1e12,
+            max_batch_tokens=16384.0,
+            chosen="the learning rate at its reference width is that of configs/quickstart.yaml; its change with width "
+            "and the batch's with budget are taken from language models and not verified here",
         ),
     )
-}  # fmt: skip
+}
 
 
 def find_recipe(name: str) -> Recipe:

@@ -155,6 +155,18 @@ def test_few_runs_have_no_intervals_and_say_so() -> None:
     )
 
 
+def test_runs_of_one_loss_do_not_determine_a_law_and_the_fit_says_so() -> None:
+    budget, n, d, loss = surface(3, 4)
+    fitted = fit_runs(table((budget, n, d, np.full_like(loss, 2.0))), samples=5)
+    assert any("do not determine the law" in note for note in fitted["notes"])
+
+
+def test_a_best_size_at_the_end_of_those_given_is_marked() -> None:
+    fitted = fit_runs(table(surface(3, 4)), samples=0)
+    assert predict(fitted, 1e20, [(1e8, 1e9), (1e9, 1e10), (1e10, 1e11)])["at_end"]
+    assert not predict(fitted, 1e20)["at_end"]
+
+
 def test_a_prediction_from_another_table_is_refused(tmp_path, capsys) -> None:
     from gr.errors import run_cli
 
