@@ -11,6 +11,10 @@ class UserError(ValueError):
     """A mistake the user can mend: names the file, field or value and says what would be right."""
 
 
+class Diverged(UserError):
+    """Training met a loss or a gradient that is not finite."""
+
+
 def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Runs a command: a ``UserError`` becomes one sentence on stderr and exit status 2.
 
