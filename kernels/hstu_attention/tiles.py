@@ -88,33 +88,31 @@ def _rows() -> Iterator[tuple[Key, Tile]]:
                     yield Key(architecture, kernel, half, dim, each), Tile(*tile)
 
 
+def _one(tile: tuple[int, int, int, int]) -> tuple[tuple[int, int, int, int], ...]:
+    return (tile,) * len(DIMS)
+
+
 _TILES: dict[int, dict[tuple[str, bool, bool | None], tuple[tuple[int, int, int, int], ...]]] = {
-    # One tile a dim: 16, 32, 64, 128, 256.
+    # (kernel, half, bias or either): (block_m, block_n, num_warps, num_stages) for dims 16, 32, 64, 128, 256.
     80: {
         ("forward", True, False): ((128, 64, 4, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
         ("forward", True, True): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
-        ("forward", False, None): ((32, 32, 4, 1),) * 5,
         ("backward", True, None): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
-        ("backward", False, None): ((32, 32, 4, 1),) * 5,
-        ("backward_query", True, None): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
-        ("backward_query", False, None): ((32, 32, 4, 1),) * 5,
-        ("forward_packed", True, None): ((64, 64, 4, 1),) * 5,
-        ("forward_packed", False, None): ((32, 32, 4, 1),) * 5,
-        ("backward_packed", True, None): ((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
-        ("backward_packed", False, None): ((32, 32, 4, 1),) * 5,
+        ("backward_query", True, None): _one((64, 64, 4, 2)),
+        ("forward_packed", True, None): _one((64, 64, 4, 1)),
+        ("backward_packed", True, None): _one((64, 64, 8, 1)),
+        **{(kernel, False, None): _one((32, 32, 4, 1)) for kernel in KERNELS},
     },
     90: {
-        ("forward", True, False): ((128, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
+        ("forward", True, False): (
+            (128, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2),
+        ),
         ("forward", True, True): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
-        ("forward", False, None): ((32, 32, 4, 1),) * 5,
         ("backward", True, None): ((64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 1)),
-        ("backward", False, None): ((32, 32, 4, 1),) * 5,
-        ("backward_query", True, None): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
-        ("backward_query", False, None): ((32, 32, 4, 1),) * 5,
-        ("forward_packed", True, None): ((128, 128, 8, 1),) * 5,
-        ("forward_packed", False, None): ((32, 32, 4, 1),) * 5,
-        ("backward_packed", True, None): ((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
-        ("backward_packed", False, None): ((32, 32, 4, 1),) * 5,
+        ("backward_query", True, None): _one((64, 64, 4, 2)),
+        ("forward_packed", True, None): _one((128, 128, 8, 1)),
+        ("backward_packed", True, None): _one((64, 64, 8, 1)),
+        **{(kernel, False, None): _one((32, 32, 4, 1)) for kernel in KERNELS},
     },
 }  # fmt: skip
 
