@@ -129,7 +129,9 @@ class _Call:
 
     def keys(self, grad: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Fills dK and dV; the gradients of both tables."""
-        d_position, d_time = (None if t is None else torch.zeros_like(t) for t in (self.position, self.time))
+        d_position, d_time = (
+            None if t is None else torch.zeros_like(t, dtype=torch.float64) for t in (self.position, self.time)
+        )
         if d_k.shape[0]:
             tile = self._tile("key_gradient")
             blocks = triton.cdiv(self.max_seq_len, tile.block_n)

@@ -150,14 +150,20 @@ def twice_sigmoid(half, FAST: tl.constexpr):
 
 
 @triton.jit
+def add_to(pointer, values):
+    """Atomic sums in the pointer's dtype, float64: many tiles meet in one entry of a table."""
+    tl.atomic_add(pointer, values.to(pointer.dtype.element_ty), sem="relaxed")
+
+
+@triton.jit
 def add_time_gradient(d_score, apart, low, high, gradient, edges):
     """Sums of a tile by bucket, of which there are those from ``low`` to ``high``: an atomic a bucket."""
     rest = d_score
     for bucket in range(low, high):
         near = apart < tl.load(edges + bucket)
-        tl.atomic_add(gradient + bucket, tl.sum(tl.sum(tl.where(near, rest, 0.0), 1), 0), sem="relaxed")
+        add_to(gradient + bucket, tl.sum(tl.sum(tl.where(near, rest, 0.0), 1), 0))
         rest = tl.where(near, 0.0, rest)
-    tl.atomic_add(gradient + high, tl.sum(tl.sum(rest, 1), 0), sem="relaxed")
+    add_to(gradient + high, tl.sum(tl.sum(rest, 1), 0))
 
 
 @triton.jit
@@ -174,7 +180,7 @@ def add_diagonals(
     turns = turned // NUM_KEYS
     for turn in tl.static_range((NUM_KEYS + NUM_QUERIES - 2) // NUM_KEYS + 1):
         part = tl.sum(tl.where(turns == turn, skewed, 0.0), 1)
-        tl.atomic_add(centre + distance + row - turn * NUM_KEYS, part, sem="relaxed")
+        add_to(centre + distance + row - turn * NUM_KEYS, part)
 
 
 @triton.jit
@@ -201,14 +207,14 @@ def add_clamped(
         free = key_free[:, None] & query_free[None, :]
         add_diagonals(tl.where(free, d_score, 0.0), distance, centre, NUM_KEYS, NUM_QUERIES)
         early = tl.sum(tl.where((query < shift)[None, :], d_score, 0.0), 1)
-        tl.atomic_add(centre + key_id, early, sem="relaxed")
+        add_to(centre + key_id, early)
         late = tl.sum(tl.where((query > first)[None, :], d_score, 0.0), 1)
-        tl.atomic_add(centre + key_id - (first - shift), late, sem="relaxed")
+        add_to(centre + key_id - (first - shift), late)
         rest = tl.where(query_free[None, :], d_score, 0.0)
         early = tl.sum(tl.where((key < shift)[:, None], rest, 0.0), 0)
-        tl.atomic_add(centre - query_id, early, sem="relaxed")
+        add_to(centre - query_id, early)
         late = tl.sum(tl.where((key > first)[:, None], rest, 0.0), 0)
-        tl.atomic_add(centre + (first - shift) - query_id, late, sem="relaxed")
+        add_to(centre + (first - shift) - query_id, late)
 
 
 @triton.jit

@@ -22,7 +22,8 @@ from gr.kernels.hstu_attention import triton_kernels
 from gr.kernels.hstu_attention.triton_tiles import choose
 
 HALVES = ("q", "k", "v", "grad", "out", "d_k", "d_v")
-FLOATS = ("position", "d_position", "time_table", "d_time")
+FLOATS = ("position", "time_table")
+DOUBLES = ("d_position", "d_time")
 LONGS = ("q_offsets", "k_offsets", "num_contextual", "num_targets", "edges", "query_times", "key_times")
 ALIGNED = ("q", "k", "v", "grad", "out", "d_k", "d_v")
 
@@ -41,7 +42,7 @@ def figures(name: str, architecture: int, dim: int, bias: bool) -> dict[str, int
     if name == "forward":
         values["grad"] = None
     if not bias:
-        values |= dict.fromkeys(("num_targets", *FLOATS, "edges", "query_times", "key_times"))
+        values |= dict.fromkeys(("num_targets", *FLOATS, *DOUBLES, "edges", "query_times", "key_times"))
     values = {argument: value for argument, value in values.items() if argument in kernel.arg_names}
     signature, attributes = {}, {}
     for place, argument in enumerate(kernel.arg_names):
@@ -52,6 +53,8 @@ def figures(name: str, architecture: int, dim: int, bias: bool) -> dict[str, int
             kind = "*bf16"
         elif argument in FLOATS:
             kind = "*fp32"
+        elif argument in DOUBLES:
+            kind = "*fp64"
         elif argument in LONGS:
             kind = "*i64"
         elif argument in ("divisor", "half_alpha"):

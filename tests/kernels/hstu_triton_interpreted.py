@@ -6,6 +6,8 @@ this file in a process of its own, with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,6 +35,14 @@ def test_it_is_as_exact_as_the_definition_in_the_same_dtype(case, dtype):
 @pytest.mark.parametrize("case", CASES[::4], ids=lambda case: case.id)
 def test_it_is_so_with_several_tiles_a_row_and_wider_heads(case):
     compare(case, torch.float32, "triton", longest=101, batch=4, width=9)
+
+
+@pytest.mark.parametrize("form", ["full", "delta"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_it_is_so_with_a_window_alone_which_ends_the_walk_over_queries(causal, form):
+    alone = {"causal": causal, "form": form, "window": (2, None), "contextual": False, "targets": None}
+    alone |= {"position": None, "time": None}  # q, k and v show where the walk ends
+    compare(replace(CASES[0], **alone), torch.float32, "triton", longest=101, batch=4, width=9)
 
 
 def test_strided_arguments_give_what_dense_ones_do():
