@@ -43,18 +43,17 @@ def test_compiled_kernels_use_matrix_units_and_spill_nothing():
         assert each["shared"] <= 163 * 1024, each
 
 
-def test_auto_takes_triton_on_a_gpu_and_never_on_a_cpu(monkeypatch):
+def test_triton_is_taken_by_name_alone_and_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("GR_HSTU_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert choose_backend(device="cuda", dtype=torch.bfloat16) == "triton"
-    assert choose_backend(device="cuda", dtype=torch.float64) == choose_backend(device="meta") == "reference"
+    assert choose_backend("triton", "cuda", torch.bfloat16) == "triton"
+    assert choose_backend(device="cuda", dtype=torch.bfloat16) == choose_backend(device="meta") == "reference"
     assert choose_backend() != "triton"
     with pytest.raises(ValueError, match="^backend must be another than 'triton' on a CPU, unless TRITON_INTERPRET=1"):
         hstu_attention(**plain(dtype=torch.float32), backend="triton")
     with pytest.raises(ValueError, match="^backend must be auto, cpu or reference for float64, got 'triton'"):
         hstu_attention(**plain(), backend="triton")
     monkeypatch.setattr(op, "has_triton", lambda: False)
-    assert choose_backend(device="cuda") == "reference"
     with pytest.raises(ValueError, match="^backend must be auto or reference where triton is not installed"):
         choose_backend("triton", "cuda")
 
@@ -63,9 +62,9 @@ def test_deterministic_is_granted_on_a_gpu_without_a_bias_and_refused_with_one()
     with FakeTensorMode():
         q, k, v = (torch.empty(6, 2, 16, device="cuda") for _ in range(3))
         offsets, table = torch.tensor([0, 2, 6], device="cuda"), torch.empty(15, device="cuda")
-        plain_call = {"max_seq_len": 8, "divisor": 1.0, "alpha": 1.0, "deterministic": True}
+        plain_call = {"max_seq_len": 8, "divisor": 1.0, "alpha": 1.0, "deterministic": True, "backend": "triton"}
         assert hstu_attention(q, k, v, offsets, **plain_call).shape == v.shape
         with pytest.raises(ValueError, match="^deterministic must be False off the CPU with a bias"):
             hstu_attention(q, k, v, offsets, **plain_call, bias=RelativeBias(position_table=table))
         with pytest.raises(ValueError, match="^deterministic must be False off the CPU for the reference"):
-            hstu_attention(q, k, v, offsets, **plain_call, backend="reference")
+            hstu_attention(q, k, v, offsets, **plain_call | {"backend": "reference"})
