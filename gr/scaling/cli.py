@@ -5,24 +5,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from gr.errors import UserError, run_cli
+from gr.errors import Parser, UserError, run_cli
 
 SCALES_TRIED = 4  # times the largest scale of the study
 
 
-class _Parser(argparse.ArgumentParser):
-    """A wrong argument is one sentence. (``gr.inference.cli`` has the same, but importing it loads torch.)"""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parse = _Parser(prog="gr-scaling", description="Scaling studies of gr-train's models.", allow_abbrev=False)
-    commands = parse.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parse = Parser(prog="gr-scaling", description="Scaling studies of gr-train's models.", allow_abbrev=False)
+    commands = parse.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, about in (
         ("plan", "prints every run and its price; runs nothing"),
         ("run", "does what is not done; the same command goes on after a stop"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -154,8 +153,7 @@ class Study:
     device: Literal["auto", "cpu", "cuda"] = runtime("auto")
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise UserError(f"name is {self.name!r}; a study's name is letters, digits, '.', '_' and '-'")
+        configs.check_name(self.name, "study")
         if not self.variants:
             raise UserError("variants is empty; a study needs at least one model")
         if self.max_parallel < 1 or (self.flops_per_s is not None and self.flops_per_s <= 0):

@@ -208,8 +208,12 @@ def run_cost(config: RunConfig, store: EventStore, split: Split) -> Cost:
     batch = train_loader(config, store, split, ProcessContext()).batch(0, 0, 0)
     whole = model.step_cost(batch)
     head = whole.forward_flops - per_token * whole.tokens - per_pair * whole.pairs
-    matrices = sum(p.numel() for p in model.encoder.parameters() if p.dim() >= 2)
-    return Cost(per_token, per_pair, head // batch.labels.item_id.numel(), matrices)
+    return Cost(per_token, per_pair, head // batch.labels.item_id.numel(), matrix_parameters(model.encoder))
+
+
+def matrix_parameters(encoder: torch.nn.Module) -> int:
+    """N of the laws: what its products multiply with."""
+    return sum(p.numel() for p in encoder.parameters() if p.dim() >= 2)
 
 
 def solve(

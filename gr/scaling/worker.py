@@ -24,7 +24,7 @@ from gr.distributed.process import ProcessContext, process
 from gr.errors import Diverged, UserError, run_cli
 from gr.models.retrieval import RetrievalModel
 from gr.scaling.judge import judge, loss_floor
-from gr.scaling.plan import eval_hash, judged_targets
+from gr.scaling.plan import eval_hash, judged_targets, matrix_parameters
 from gr.scaling.store import RunDir, RunSpec
 from gr.training.assemble import assemble, open_data, train_loader
 from gr.training.environment import describe
@@ -151,9 +151,9 @@ def _shares(model: RetrievalModel, tokens: int, pairs: int, forward: int) -> dic
     attention = sum(count for name, count in parts.items() if name.startswith("attention"))
     inside = sum(parts.values())
     return {
-        "flops_dense": 3 * (inside - attention),
-        "flops_attention": 3 * attention,
-        "flops_head": 3 * (forward - inside),
+        "flops_dense": flops.training_flops(inside - attention),
+        "flops_attention": flops.training_flops(attention),
+        "flops_head": flops.training_flops(forward - inside),
     }
 
 
@@ -161,7 +161,7 @@ def _parameters(model: RetrievalModel) -> dict[str, int]:
     """Counts by group; the analyst says which of them is N."""
     dense = sum(p.numel() for p in model.dense_parameters())
     return {
-        "n_encoder": sum(p.numel() for p in model.encoder.parameters() if p.dim() >= 2),
+        "n_encoder": matrix_parameters(model.encoder),
         "n_dense": dense,
         "n_sparse": sum(p.numel() for p in model.table_parameters()),
         "bytes_per_lookup": model.cfg.dim * 4,

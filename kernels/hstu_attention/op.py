@@ -101,7 +101,7 @@ def has_triton() -> bool:
 
 
 def choose_backend(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """The backend to run: the argument, else the environment variable, else the fastest one there is.
+    """The backend to run: the argument, else the environment variable, else the fastest that has been run there.
 
     Raises:
         ValueError: There is no such backend, or not for this type of device, this dtype or this machine.

@@ -15,44 +15,21 @@ from gr.kernels.hstu_attention.triton_tiles import LARGEST_DIM, Tile, choose
 from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor | None,
-    *,
-    max_seq_len: int,
-    divisor: Divisor,
-    alpha: float,
-    mask: Mask,
-    bias: RelativeBias | None,
-) -> Tensor:
+def forward(*arguments: Any, **options: Any) -> Tensor:
     """``(T_q, H, d_v)``; arguments as in :func:`gr.kernels.hstu_attention.op.hstu_attention`, checked."""
-    call = _Call(q, k, v, q_offsets, kv_offsets, max_seq_len, divisor, alpha, mask, bias)
-    out = torch.empty((*q.shape[:2], v.shape[2]), dtype=v.dtype, device=q.device)
+    call = _Call(*arguments, **options)
+    out = call.q.new_empty((*call.q.shape[:2], call.v.shape[2]), dtype=call.v.dtype)
     call.queries("forward", None, out)
     return out
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor | None,
-    *,
-    max_seq_len: int,
-    divisor: Divisor,
-    alpha: float,
-    mask: Mask,
-    bias: RelativeBias | None,
+    grad: Tensor, *arguments: Any, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, the position table and the time table (None where there is none)."""
-    call = _Call(q, k, v, q_offsets, kv_offsets, max_seq_len, divisor, alpha, mask, bias)
-    grad = _rows(grad.to(v.dtype))
-    d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    call = _Call(*arguments, **options)
+    grad = _rows(grad.to(call.v.dtype))
+    d_q, d_k, d_v = (t.new_empty(t.shape) for t in (call.q, call.k, call.v))
     call.queries("query_gradient", grad, d_q)
     return (d_q, d_k, d_v, *call.keys(grad, d_k, d_v))
 
@@ -66,7 +43,20 @@ class _Call:
         time: ``(1 or H, num_buckets)`` float32, half of the table; None if there is none.
     """
 
-    def __init__(self, q, k, v, q_offsets, kv_offsets, max_seq_len, divisor, alpha, mask, bias) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_offsets: Tensor,
+        kv_offsets: Tensor | None,
+        *,
+        max_seq_len: int,
+        divisor: Divisor,
+        alpha: float,
+        mask: Mask,
+        bias: RelativeBias | None,
+    ) -> None:
         if max(q.shape[2], v.shape[2]) > LARGEST_DIM:
             raise ValueError(f"q, k and v must have at most {LARGEST_DIM} columns a head for the triton backend")
         self.q, self.k, self.v = (_rows(t.detach()) for t in (q, k, v))
