@@ -107,7 +107,9 @@ def ml100k() -> str:
 
 def ml100k_temporal() -> str:
     """MovieLens-100K, one cut in time for all."""
-    return tables.table(tables.ML100K_TEMPORAL, (10, 50)) + _sentences(tables.ML100K_TEMPORAL)
+    users = tables.ML100K_TEMPORAL[0].found()[0]["data"]["test_targets"]
+    count = f"\n- {users} test users."
+    return tables.table(tables.ML100K_TEMPORAL, (10, 50)) + _sentences(tables.ML100K_TEMPORAL) + count
 
 
 def _sentences(groups: tuple[tables.Group, ...]) -> str:

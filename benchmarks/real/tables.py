@@ -91,18 +91,19 @@ OTHERS = tuple(
 """Beauty's recipe as it is, on other logs."""
 
 
-def _ml100k(split: str) -> tuple[Group, ...]:
-    models = (("HSTU", "hstu"), ("HSTU without time bias", "hstu-notime"), ("SASRec", "sasrec"))
-    models += (("ItemKNN", "hstu:item_knn"), ("Markov", "hstu:markov"), ("Popularity", "hstu:popularity"))
-    tail = "" if split == "leave-one-out" else "-temporal"
-    return tuple(
-        Group(label, f"ml-100k_{run}{tail}{':' if kind else ''}{kind}", "mask")
-        for label, (run, _, kind) in ((label, runs.partition(":")) for label, runs in models)
+def _ml100k(tail: str) -> tuple[Group, ...]:
+    """``tail``: what the names of a split's runs end in."""
+    run, counted = f"ml-100k_hstu{tail}", {"ItemKNN": "item_knn", "Markov": "markov", "Popularity": "popularity"}
+    return (
+        Group("HSTU", run, "mask"),
+        Group("HSTU without time bias", f"ml-100k_hstu-notime{tail}", "mask"),
+        Group("SASRec", f"ml-100k_sasrec{tail}", "mask"),
+        *(Group(label, f"{run}:{kind}", "mask") for label, kind in counted.items()),
     )
 
 
-ML100K = _ml100k("leave-one-out")
-ML100K_TEMPORAL = _ml100k("temporal")
+ML100K = _ml100k("")
+ML100K_TEMPORAL = _ml100k("-temporal")
 
 
 def named(groups: tuple[Group, ...], label: str) -> Group:
@@ -119,10 +120,12 @@ TESTS = (
     (BEAUTY[4], BEAUTY[5]),
     *((OTHERS[i], OTHERS[i + 1]) for i in range(0, len(OTHERS), 3)),
     *(
-        (groups[0], named(groups, other))
+        (named(groups, one), named(groups, other))
         for groups in (ML100K, ML100K_TEMPORAL)
-        for other in ("HSTU without time bias", "SASRec", "ItemKNN")
-    ),
+        for one, other in (
+            ("HSTU", "HSTU without time bias"), ("HSTU", "SASRec"), ("HSTU", "ItemKNN"), ("SASRec", "ItemKNN")
+        )
+    ),  # fmt: skip
 )
 
 
