@@ -119,7 +119,7 @@ def _sentences(groups: tuple[tables.Group, ...]) -> str:
 
 def preparation() -> str:
     """One sentence on the largest log that was prepared (``benchmarks.data.out_of_core``)."""
-    rows = [json.loads(line) for line in (RESULTS / "out_of_core_20261123.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (RESULTS / "out_of_core_20261125.jsonl").read_text().splitlines()]
     row = max(rows, key=lambda found: found["rows"])
     counts = row["counts"]
     return (
