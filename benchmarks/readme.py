@@ -95,6 +95,23 @@ def beauty() -> str:
     return tables.table(tables.BEAUTY, (5, 10, 20)) + _sentences(tables.BEAUTY)
 
 
+def others() -> str:
+    """The same recipe, untouched, on three other logs."""
+    return tables.table(tables.OTHERS, (5, 10, 20)) + _sentences(tables.OTHERS)
+
+
+def ml100k() -> str:
+    """MovieLens-100K, leave-one-out."""
+    return tables.table(tables.ML100K, (10, 50)) + _sentences(tables.ML100K)
+
+
+def ml100k_temporal() -> str:
+    """MovieLens-100K, one cut in time for all."""
+    users = tables.ML100K_TEMPORAL[0].found()[0]["data"]["test_targets"]
+    count = f"\n- {users} test users."
+    return tables.table(tables.ML100K_TEMPORAL, (10, 50)) + _sentences(tables.ML100K_TEMPORAL) + count
+
+
 def _sentences(groups: tuple[tables.Group, ...]) -> str:
     found = [tables.sentence(*test) for test in tables.TESTS if set(test) <= set(groups) and tables.made(*test)]
     return "\n\n" + "\n".join(f"- {sentence}" for sentence in found) if found else ""
@@ -102,7 +119,7 @@ def _sentences(groups: tuple[tables.Group, ...]) -> str:
 
 def preparation() -> str:
     """One sentence on the largest log that was prepared (``benchmarks.data.out_of_core``)."""
-    rows = [json.loads(line) for line in (RESULTS / "out_of_core_20261123.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (RESULTS / "out_of_core_20261125.jsonl").read_text().splitlines()]
     row = max(rows, key=lambda found: found["rows"])
     counts = row["counts"]
     return (
@@ -117,6 +134,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "ml1m": ml1m,
     "beauty": beauty,
+    "others": others,
+    "ml100k": ml100k,
+    "ml100k_temporal": ml100k_temporal,
     "preparation": preparation,
     "quality": quality,
     "cpu": cpu,

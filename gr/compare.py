@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gr.errors import UserError, run_cli
-from gr.inference.cli import Parser
+from gr.errors import Parser, UserError, run_cli
 
 ABOUT = """A and B are each RUN, RUN@EVALUATION (what gr-evaluate wrote, such as runs/x@test-mask), either with
 :BASELINE (runs/x:item_knn), or several seeds of one model with commas between them: their mean by target."""

@@ -30,6 +30,16 @@ T = TypeVar("T")
 Registry = Mapping[str, tuple[type, Callable[..., Any]]]
 
 
+def check_name(name: str, whose: str) -> None:
+    """Refuses a name that could not be a folder's.
+
+    Raises:
+        UserError: As said.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"name is {name!r}; a {whose}'s name is letters, digits, '.', '_' and '-'")
+
+
 @dataclasses.dataclass(frozen=True)
 class OneOf:
     """Marks a field whose config is chosen by its ``kind`` from a registry ``name -> (Config, builder)``."""

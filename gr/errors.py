@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """A mistake the user can mend: names the file, field or value and says what would be right."""
+
+
+class Diverged(UserError):
+    """Training met a loss or a gradient that is not finite."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong argument is one sentence, as every mistake is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from gr.errors import UserError, run_cli
-from gr.inference.cli import Parser
+from gr.errors import Parser, UserError, run_cli
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,24 +12,16 @@ import argparse
 import os
 import shlex
 import sys
-from typing import NoReturn
 
-from gr.errors import UserError, run_cli
+from gr.errors import Parser, UserError, run_cli
 from gr.launch import torchrun
 from gr.train import load_config
 
 LAUNCHERS = ("torchrun",)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, as every command of the project does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="gr-launch torchrun", description="Train in N processes on this machine.")
+    parser = Parser(prog="gr-launch torchrun", description="Train in N processes on this machine.")
     parser.add_argument("--nproc", type=int, help="processes (default: one a GPU, or 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the command and run nothing")
     parser.add_argument("config", help="the run's YAML file")

@@ -18,10 +18,12 @@ from documents import ROOT, SHORT, blocks, execute, run
 README = (ROOT / "README.md").read_text()
 BLOCKS = blocks(README)
 REAL = "On real data"
+CHANGE = "Change something"
+SCALING = "What more compute would buy"
 SMALL = ["--data.num_users=200", *SHORT, "--evaluation.baselines=[popularity]"]
 
 
-FILES = {"ml-1m_": "tiny-ml-1m.zip", "beauty_": "tiny-beauty.json"}
+FILES = {"ml-1m_": "tiny-ml-1m.zip", "ml-100k_": "tiny-ml-100k.zip", "beauty_": "tiny-beauty.json"}
 """Configs whose logs are downloaded, and the small files that take the download's place here."""
 
 
@@ -32,6 +34,9 @@ def write_public_logs(folder: Path) -> None:
     with zipfile.ZipFile(folder / "tiny-ml-1m.zip", "w") as archive:
         archive.writestr("ml-1m/ratings.dat", "".join(f"{u}::{i}::4::{t}\n" for u, i, t in events))
         archive.writestr("ml-1m/movies.dat", "".join(f"{i}::{title}::Drama\n" for i, title in titles.items()))
+    with zipfile.ZipFile(folder / "tiny-ml-100k.zip", "w") as archive:
+        archive.writestr("ml-100k/u.data", "".join(f"{u}\t{i}\t4\t{t}\n" for u, i, t in events))
+        archive.writestr("ml-100k/u.item", "".join(f"{i}|{title}{'|0' * 22}\n" for i, title in titles.items()))
     rows = [{"reviewerID": f"A{u}", "asin": f"B{i:09d}", "overall": 5.0, "unixReviewTime": t} for u, i, t in events]
     (folder / "tiny-beauty.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -55,9 +60,10 @@ def write_events(folder: Path) -> None:
 
 
 def commands_of(*headings: str) -> list[str]:
-    """Commands of README's parts under a heading; without one: of all but ``REAL``."""
+    """Commands of README's parts under a heading; without one: of those no other test names."""
     parts = {part.splitlines()[0]: part for part in re.split(r"^## ", README, flags=re.MULTILINE)}
-    chosen = [parts[name] for name in headings] or [part for name, part in parts.items() if name != REAL]
+    others = [part for name, part in parts.items() if name not in (REAL, CHANGE, SCALING)]
+    chosen = [parts[name] for name in headings] or others
     shown = [text for kind, text in blocks("\n".join(chosen)) if kind == "bash"]
     return [line for text in shown for line in text.splitlines() if line.strip()]
 
@@ -77,8 +83,8 @@ def run_all(commands: list[str], folder: Path) -> int:
 
 def test_every_command_works_as_written(tmp_path):
     write_events(tmp_path)
-    assert run_all(commands_of(), tmp_path) >= 9
-    for name in ("quickstart", "no-time", "sasrec", "paper-loss", "two", "my-data"):
+    assert run_all(commands_of(), tmp_path) >= 4
+    for name in ("quickstart", "my-data"):
         assert (tmp_path / "runs" / name / "report.html").exists(), name
     for kind, text in BLOCKS:
         if kind == "python":
@@ -86,10 +92,21 @@ def test_every_command_works_as_written(tmp_path):
             assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done.stderr[-2000:]
 
 
+def test_every_changed_run_works_as_written(tmp_path):
+    assert run_all(commands_of(CHANGE), tmp_path) >= 5
+    for name in ("no-time", "sasrec", "paper-loss", "two"):
+        assert (tmp_path / "runs" / name / "report.html").exists(), name
+
+
+def test_a_scaling_study_works_as_written(tmp_path):
+    assert run_all(commands_of(SCALING), tmp_path) == 6
+    assert (tmp_path / "next.yaml").exists()
+
+
 def test_every_command_on_real_data_works_as_written_with_a_file_at_hand(tmp_path):
     write_public_logs(tmp_path)
     assert run_all(commands_of(REAL), tmp_path) >= 9
-    for name in ("ml-1m_hstu-s0", "ml-1m_sasrec-s0", "beauty_hstu-s0"):
+    for name in ("ml-1m_hstu-s0", "ml-1m_sasrec-s0", "beauty_hstu-s0", "ml-100k_hstu-temporal-s0"):
         assert (tmp_path / "runs" / name / "report.html").exists(), name
     assert (tmp_path / "recommendations.parquet").exists()
 

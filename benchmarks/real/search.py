@@ -23,8 +23,9 @@ HEAD = """# Our own recipes, and how they were found
 
 Made by `python -m benchmarks.real.search`. Every run trains on the leave-one-out split and is scored on validation
 events alone (HR@10 and NDCG@10, items already seen masked, the best epoch of each run, seed 0); the first row of a data
-set is where the search began, the others say what they change against it. `gr-train` scores every run on test events
-too when it ends; those scores were seen and chose nothing. The recipe that was taken trained further seeds (README).
+set and encoder is where that search began, the others say what they change against it (patience of early stopping left
+out). `gr-train` scores every run on test events too when it ends; those scores were seen and chose nothing. The recipe
+that was taken trained further seeds (README).
 """
 
 
@@ -59,11 +60,11 @@ def row_of(run: Path) -> dict[str, Any]:
 def page(rows: list[dict[str, Any]], notes: str) -> str:
     """Markdown: one table a data set, in the order in which runs were made."""
     parts = [HEAD]
-    for source in dict.fromkeys(row["source"] for row in rows):
-        mine = [row for row in rows if row["source"] == source]
+    for source, kind in dict.fromkeys(map(_searched, rows)):
+        mine = [row for row in rows if _searched(row) == (source, kind)]
         first = flat(mine[0]["config"])
         lines = [
-            f"## {source}",
+            f"## {source}, `{kind}`",
             "",
             "| run | change | epochs | best at | HR@10 | NDCG@10 |",
             "|---|---|---|---|---|---|",
@@ -71,6 +72,7 @@ def page(rows: list[dict[str, Any]], notes: str) -> str:
         for row in mine:
             here = flat(row["config"])
             names = [name for name in {**first, **here} if first.get(name) != here.get(name)]
+            names = [name for name in names if not name.startswith("train.early_stopping")]
             change = ", ".join(f"`{name}` {here.get(name, '-')}" for name in names) if row is not mine[0] else "(start)"
             best = row["best"]
             lines.append(
@@ -79,6 +81,11 @@ def page(rows: list[dict[str, Any]], notes: str) -> str:
             )
         parts.append("\n".join(lines) + "\n")
     return "\n".join([*parts, notes])
+
+
+def _searched(row: dict[str, Any]) -> tuple[str, str]:
+    """(data set, encoder): what one search is of."""
+    return row["source"], row["config"]["model"]["encoder"]["kind"]
 
 
 def main() -> None:

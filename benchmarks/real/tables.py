@@ -64,6 +64,7 @@ class Group:
 
 ML1M = (
     Group("HSTU-large", "ml-1m_hstu-large", "window", (0.3294, 0.1893)),
+    Group("HSTU, our recipe", "ml-1m_best", "window"),
     Group("HSTU", "ml-1m_hstu", "window", (0.3097, 0.1720)),
     Group("SASRec", "ml-1m_sasrec", "window", (0.2853, 0.1603)),
     Group("HSTU without relative bias", "ml-1m_hstu-norab", "window"),
@@ -82,12 +83,49 @@ BEAUTY = (
     Group("ItemKNN, days shuffled", "beauty_hstu-ties:item_knn", "mask"),
     Group("Markov, days shuffled", "beauty_hstu-ties:markov", "mask"),
 )
+OTHERS = tuple(
+    Group(f"{data}: {model}", f"{name}_hstu{kind}", "mask")
+    for data, name in (("Sports", "sports"), ("Toys", "toys"), ("Yelp 2019", "yelp"))
+    for model, kind in (("HSTU", ""), ("ItemKNN", ":item_knn"), ("Markov", ":markov"))
+)
+"""Beauty's recipe as it is, on other logs."""
+
+
+def _ml100k(tail: str) -> tuple[Group, ...]:
+    """``tail``: what the names of a split's runs end in."""
+    run, counted = f"ml-100k_hstu{tail}", {"ItemKNN": "item_knn", "Markov": "markov", "Popularity": "popularity"}
+    return (
+        Group("HSTU", run, "mask"),
+        Group("HSTU without time bias", f"ml-100k_hstu-notime{tail}", "mask"),
+        Group("SASRec", f"ml-100k_sasrec{tail}", "mask"),
+        *(Group(label, f"{run}:{kind}", "mask") for label, kind in counted.items()),
+    )
+
+
+ML100K = _ml100k("")
+ML100K_TEMPORAL = _ml100k("-temporal")
+
+
+def named(groups: tuple[Group, ...], label: str) -> Group:
+    """The group of that label."""
+    return next(group for group in groups if group.label == label)
+
+
 TESTS = (
-    (ML1M[1], ML1M[2]),
-    (ML1M[1], ML1M[3]),
-    (ML1M[4], ML1M[5]),
+    (named(ML1M, "HSTU"), named(ML1M, "SASRec")),
+    (named(ML1M, "HSTU"), named(ML1M, "HSTU without relative bias")),
+    (named(ML1M, "HSTU, ties shuffled"), named(ML1M, "SASRec, ties shuffled")),
+    (named(ML1M, "HSTU, our recipe"), named(ML1M, "HSTU")),
     (BEAUTY[0], BEAUTY[1]),
     (BEAUTY[4], BEAUTY[5]),
+    *((OTHERS[i], OTHERS[i + 1]) for i in range(0, len(OTHERS), 3)),
+    *(
+        (named(groups, one), named(groups, other))
+        for groups in (ML100K, ML100K_TEMPORAL)
+        for one, other in (
+            ("HSTU", "HSTU without time bias"), ("HSTU", "SASRec"), ("HSTU", "ItemKNN"), ("SASRec", "ItemKNN")
+        )
+    ),  # fmt: skip
 )
 
 
@@ -161,7 +199,9 @@ def _p(value: float) -> str:
 
 def main() -> None:
     COMPARISONS.write_text(json.dumps(comparisons(), indent=1) + "\n")
-    print(table(ML1M, (10, 50, 200)), table(BEAUTY, (5, 10, 20)), COMPARISONS.read_text(), sep="\n\n")
+    parts = [table(ML1M, (10, 50, 200)), *(table(groups, (5, 10, 20)) for groups in (BEAUTY, OTHERS))]
+    parts += [table(groups, (10, 50)) for groups in (ML100K, ML100K_TEMPORAL)]
+    print(*parts, COMPARISONS.read_text(), sep="\n\n")
 
 
 if __name__ == "__main__":

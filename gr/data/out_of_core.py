@@ -21,6 +21,7 @@ from gr.data.parse import ParsedLog, parse_log
 from gr.data.raw import ItemTable, RawLog, Rules
 from gr.data.spill import Scratch
 from gr.data.store import Chunk, write_store
+from gr.data.tie_order import USERS, TieOrder
 from gr.errors import UserError
 
 BUCKET_ROWS = 1 << 22
@@ -77,8 +78,7 @@ def prepare_log(raw: RawLog, rules: Rules, folder: str | Path, *, bucket_rows: i
             **raw.extra,
         }
         # The manifest is written after the last chunk, so that what chunks count while they are made is in it.
-        shuffled = rules.ties == "shuffled"
-        write_store(folder, _chunks(buckets, users, counts, dense, log, repairs, shuffled), table, manifest)
+        write_store(folder, _chunks(buckets, users, counts, dense, log, manifest), table, manifest)
 
 
 def _drop(
@@ -146,10 +146,10 @@ def _chunks(
     counts: Counts,
     dense: np.ndarray,
     log: ParsedLog,
-    repairs: dict[str, Any],
-    shuffled: bool,
+    manifest: dict[str, Any],
 ) -> Iterator[Chunk]:
-    """Sorts bucket after bucket; counts out-of-order rows in ``repairs``.
+    """Sorts bucket after bucket; counts out-of-order rows in the manifest's ``repairs``, and adds a caveat when the
+    order within ties is one that users share.
 
     Args:
         buckets: In the order of their users.
@@ -157,9 +157,10 @@ def _chunks(
         counts: Events left; users without any are left out.
         dense: (V,) final number of each item of the log.
         log: Knows the unit of the times.
-        repairs: To count in.
-        shuffled: Whether ties lose the order of the file.
+        manifest: To count in; its ``ties`` says whether events of one time lose the order of the file.
     """
+    repairs, shuffled = manifest["repairs"], manifest["ties"] == "shuffled"
+    tie_order = TieOrder(dense.size)
     for bucket in buckets:
         first, end = bucket.users
         lengths = counts.user[first:end]
@@ -182,6 +183,11 @@ def _chunks(
             flat["timestamp"] = log.times.seconds(found["time"][order])
         if "action" in found:
             flat["action"] = found["action"][order].astype(np.int64)
+        if first < USERS:  # the others are not looked at
+            moment = found["time" if "time" in found else "position"]
+            tie_order.add(found["user"][order].astype(np.int64) + first, moment[order], found["item"][order])
         left = lengths > 0
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[left])])
         yield Chunk(users.slice(first, end - first).filter(pa.array(left)), offsets, flat)
+    caveat = tie_order.caveat()
+    manifest["caveats"] += [caveat] if caveat else []

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from gr.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 SHARD_USERS = 50_000
 NO_TIMES = "no times: only the order of the events is known"
 EVENT_COLUMNS = ("item_id", "timestamp", "action")

@@ -82,6 +82,9 @@ def start(
             device_id=chosen if chosen.type == "cuda" else None,
         )
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+        # Nobody goes on before all are connected: one that found a user's mistake at once and left would have
+        # another, still connecting, end in a traceback.
+        dist.barrier(patient)
         return ProcessContext(rank, world, local_rank, chosen, patient)
     return ProcessContext(rank, world, local_rank, chosen)
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from gr.errors import UserError, run_cli
+from gr.errors import Parser, UserError, run_cli
 
 if TYPE_CHECKING:
     from gr.inference.recommend import Recommendations
 
 SHOWN = 10  # events of the history
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """The softmax Transformer encoder: SASRec as the HSTU reference has it, and a plain pre-norm one.
 
 Both share the model's trunk with HSTU (tables, preprocessor, similarity, objective), so that a comparison of
-the two is a comparison of encoders. Jagged in, jagged out; padded inside for
+the two is a comparison of encoders. Jagged in, jagged out; padded inside, a group of rows at a time, for
 ``scaled_dot_product_attention``.
 """
 
@@ -59,39 +59,80 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class _Padding:
-    """Where tokens lie in the padded form, and which pairs are seen; one for all layers."""
+class _Group:
+    """Some rows of a batch in padded form: where their tokens lie in it, and which pairs are seen."""
 
-    batch: int
+    lengths: Tensor  # (b,) int64
     width: int
-    slots: Tensor  # (T,) int64
-    mask: Tensor | None  # (B, 1, N, N) bool; None: causal
-    lengths: Tensor  # (B,) int64
+    slots: Tensor  # (t,) int64
+    mask: Tensor | None  # (b, 1, width, width) bool; None: causal
 
     def pad(self, x: Tensor) -> Tensor:
-        padded = x.new_zeros((self.batch * self.width, *x.shape[1:]))
-        return padded.index_copy(0, self.slots, x).view(self.batch, self.width, *x.shape[1:])
+        rows = self.lengths.shape[0]
+        padded = x.new_zeros((rows * self.width, *x.shape[1:]))
+        return padded.index_copy(0, self.slots, x).view(rows, self.width, *x.shape[1:])
 
     def last_mask(self) -> Tensor:
-        """``(B, 1, 1, N)`` bool, the keys that each row's last token sees."""
+        """``(b, 1, 1, width)`` bool, the keys that each row's last token sees."""
         if self.mask is None:
             return (torch.arange(self.width, device=self.lengths.device) < self.lengths[:, None])[:, None, None]
         return self.mask.take_along_dim((self.lengths - 1)[:, None, None, None], dim=2)
 
 
+@dataclass(frozen=True)
+class _Padding:
+    """A batch dealt into groups of rows, one dealing for all layers.
+
+    Attributes:
+        groups: In the order of ``rows``.
+        rows: (B,) int64, the batch's rows in the order of the groups; None: as they are.
+        tokens: (T,) int64, their tokens in that order; None: as they are.
+    """
+
+    groups: tuple[_Group, ...]
+    rows: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+SHORTEST = 0.75
+"""Of the longest row of a group: what the shortest may have, so that at most 7/16 of a group's pairs are padding."""
+
+
 def _padding(batch: Any, num_tokens: int) -> _Padding:
-    offsets, device = batch.offsets, batch.offsets.device
-    rows, width = offsets.shape[0] - 1, max(batch.max_seq_len, 1)
+    """On a CPU rows of nearly one length are padded together; elsewhere lengths are not known without waiting for the
+    device, and all rows are padded to the longest."""
+    offsets = batch.offsets
+    lengths = offsets.diff()
+    counts = (batch.rows.get("num_targets"), batch.rows.get("num_contextual"))
+    if lengths.device.type != "cpu" or lengths.shape[0] == 0:
+        return _Padding((_group(lengths, counts, max(batch.max_seq_len, 1), num_tokens),))
+    rows = lengths.argsort(descending=True, stable=True)
+    longest_first = lengths[rows]
+    starts = longest_first.cumsum(0) - longest_first
+    shift = (offsets[:-1][rows] - starts).repeat_interleave(longest_first, output_size=num_tokens)
+    groups, begin, sizes = [], 0, longest_first.tolist()
+    while begin < len(sizes):
+        end = next((i for i in range(begin, len(sizes)) if sizes[i] < SHORTEST * sizes[begin]), len(sizes))
+        mine = rows[begin:end]
+        of_rows = tuple(None if count is None else count[mine] for count in counts)
+        groups.append(_group(longest_first[begin:end], of_rows, max(sizes[begin], 1), sum(sizes[begin:end])))
+        begin = end
+    return _Padding(tuple(groups), rows, torch.arange(num_tokens) + shift)
+
+
+def _group(lengths: Tensor, counts: tuple[Tensor | None, Tensor | None], width: int, num_tokens: int) -> _Group:
+    device, rows = lengths.device, lengths.shape[0]
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
     shift = torch.arange(rows, device=device) * width - offsets[:-1]
-    slots = torch.arange(num_tokens, device=device) + shift.repeat_interleave(offsets.diff(), output_size=num_tokens)
-    targets, contextual = batch.rows.get("num_targets"), batch.rows.get("num_contextual")
+    slots = torch.arange(num_tokens, device=device) + shift.repeat_interleave(lengths, output_size=num_tokens)
+    targets, contextual = counts
     if targets is None and contextual is None:
-        return _Padding(rows, width, slots, None, offsets.diff())
+        return _Group(lengths, width, slots, None)
     seen = visible_pairs(Mask(num_targets=targets, num_contextual=contextual), offsets, max_seq_len=width)
     # A softmax over nothing is NaN: padding queries see themselves, and nobody reads them.
     mask = torch.eye(width, dtype=torch.bool, device=device).repeat(rows, 1, 1)
     mask[:, : seen.shape[1], : seen.shape[2]] |= seen
-    return _Padding(rows, width, slots, mask[:, None], offsets.diff())
+    return _Group(lengths, width, slots, mask[:, None])
 
 
 class TransformerBlock(nn.Module):
@@ -142,15 +183,28 @@ class TransformerBlock(nn.Module):
             part.view(-1, heads, width // heads)
             for part in (self.query(query), *self.key_value(memory).split(width, dim=1))
         )
-        q = q[:, None] if last else padding.pad(q)
+        order = padding.rows if last else padding.tokens
+        if padding.tokens is not None:
+            q, k, v = (x.index_select(0, by) for x, by in ((q, order), (k, padding.tokens), (v, padding.tokens)))
+        num_keys = [group.slots.shape[0] for group in padding.groups]
+        num_queries = [group.lengths.shape[0] for group in padding.groups] if last else num_keys
+        parts = zip(q.split(num_queries), k.split(num_keys), v.split(num_keys), padding.groups, strict=True)
+        out = torch.cat([self._within(*part, last).reshape(-1, width) for part in parts])
+        if order is not None:
+            out = torch.empty_like(out).index_copy(0, order, out)
+        return self.out(out)
+
+    def _within(self, q: Tensor, k: Tensor, v: Tensor, group: _Group, last: bool) -> Tensor:
+        """Attention of one group's tokens: ``(t, H, d)``, or ``(b, H, d)`` of the last ones."""
+        q = q[:, None] if last else group.pad(q)
         out = F.scaled_dot_product_attention(
-            *(part.transpose(1, 2) for part in (q, padding.pad(k), padding.pad(v))),
-            attn_mask=padding.last_mask() if last else padding.mask,
+            *(part.transpose(1, 2) for part in (q, group.pad(k), group.pad(v))),
+            attn_mask=group.last_mask() if last else group.mask,
             dropout_p=self.config.dropout if self.training else 0.0,
-            is_causal=padding.mask is None and not last,
+            is_causal=group.mask is None and not last,
         )
-        out = out.transpose(1, 2).reshape(-1, width)
-        return self.out(out if last else out.index_select(0, padding.slots))
+        out = out.transpose(1, 2)
+        return out[:, 0] if last else out.flatten(0, 1).index_select(0, group.slots)
 
 
 class Transformer(nn.Module):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from gr.config import OneOf, runtime, unhashed_default
+from gr.config import OneOf, check_name, runtime, unhashed_default
 from gr.data.layout import LayoutConfig
 from gr.data.planted import PlantedConfig
 from gr.data.sources import SOURCES
@@ -88,8 +87,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = runtime("auto")
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise UserError(f"name is {self.name!r}; a run's name is letters, digits, '.', '_' and '-'")
+        check_name(self.name, "run")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2**63")
         stopping = self.train.early_stopping

@@ -26,7 +26,7 @@ from gr.config import config_hash
 from gr.data.batch import JaggedBatch
 from gr.distributed.dense import wrap
 from gr.distributed.process import ProcessContext, broadcast_object, main_only_errors, sum_integers
-from gr.errors import UserError
+from gr.errors import Diverged, UserError
 from gr.kernels.native import has_bf16_units
 from gr.training.checkpoint import find_checkpoint, load_torch
 from gr.training.config import TrainConfig
@@ -379,7 +379,7 @@ class Trainer:
 
     def _refuse(self, step: int, loss: float, norm: float) -> None:
         precision = ", or use precision fp32" if self.config.precision == "bf16" else ""
-        raise UserError(
+        raise Diverged(
             f"training diverged at step {step}: loss {loss}, gradient norm {norm}; lower optimizer.lr "
             f"(now {self.config.optimizer.lr}), set clip_norm (now {self.config.clip_norm}) to 1.0{precision}"
         )

@@ -13,7 +13,24 @@ from gr.kernels.hstu_attention.checks import check_contents
 from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias
 from gr.kernels.registration import op
 
-BACKENDS = {"cpu": (cpu.forward, cpu.backward), "native": (native.forward, native.backward)}
+
+def _triton_forward(*args, **kwargs) -> Tensor:
+    from gr.kernels.hstu_attention import triton_launch  # imports triton: only where it is asked for
+
+    return triton_launch.forward(*args, **kwargs)
+
+
+def _triton_backward(*args, **kwargs) -> tuple:
+    from gr.kernels.hstu_attention import triton_launch
+
+    return triton_launch.backward(*args, **kwargs)
+
+
+BACKENDS = {
+    "cpu": (cpu.forward, cpu.backward),
+    "native": (native.forward, native.backward),
+    "triton": (_triton_forward, _triton_backward),
+}
 """Name -> (forward, backward): functions of tensors that keep no graph."""
 
 

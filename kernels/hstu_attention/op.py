@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -54,7 +55,7 @@ def hstu_attention(
         mask: Which pairs are seen; None is causal.
         bias: Relative attention bias, or None.
         deterministic: Ask for the same bits in every run, gradients included. On a CPU every backend always gives
-            them; elsewhere there is the reference only, which refuses.
+            them; elsewhere the triton backend does without a bias, and everything else is refused.
         backend: "auto" or a name in ``BACKENDS``. "auto" takes the environment variable GR_HSTU_BACKEND if
             set.
 
@@ -81,7 +82,10 @@ def hstu_attention(
     )
     name = choose_backend(backend, q.device.type, q.dtype)
     if deterministic and q.device.type != "cpu":
-        raise ValueError("deterministic must be False off the CPU: the reference adds table gradients atomically there")
+        if name != "triton":
+            raise ValueError("deterministic must be False off the CPU for the reference: it adds gradients atomically")
+        if bias is not None and (bias.position_table is not None or bias.time_table is not None):
+            raise ValueError("deterministic must be False off the CPU with a bias: its gradients are added atomically")
     arguments = {"max_seq_len": max_seq_len, "divisor": divisor, "alpha": alpha, "mask": mask, "bias": bias}
     if name != "reference":
         return library.call(q, k, v, q_offsets, kv_offsets, **arguments, backend=name)
@@ -91,8 +95,13 @@ def hstu_attention(
         return hstu_attention_reference(q, k, v, q_offsets, kv_offsets, **arguments)
 
 
+def has_triton() -> bool:
+    """Whether triton is installed; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def choose_backend(backend: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """The backend to run: the argument, else the environment variable, else the fastest one there is.
+    """The backend to run: the argument, else the environment variable, else the fastest that has been run there.
 
     Raises:
         ValueError: There is no such backend, or not for this type of device, this dtype or this machine.
@@ -102,14 +111,19 @@ def choose_backend(backend: str = "auto", device: str = "cpu", dtype: torch.dtyp
         name, source = os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"the environment variable {ENVIRONMENT_VARIABLE}"
     if name == "auto":
         if device != "cpu":
-            return "reference"
+            return "reference"  # triton by name only, until its kernels have run on a GPU
         return "native" if dtype != torch.float64 and native.library() is not None else "cpu"
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
-    if name != "reference" and device != "cpu":
-        raise ValueError(f"{source} must be auto or reference on {device}, got {name!r}")
-    if name == "native" and dtype == torch.float64:
-        raise ValueError(f"{source} must be auto, cpu or reference for float64, got 'native'")
+    if name != "reference" and device != "cpu" and (name, device) != ("triton", "cuda"):
+        known = "auto, triton or reference" if device == "cuda" else "auto or reference"
+        raise ValueError(f"{source} must be {known} on {device}, got {name!r}")
+    if name in ("native", "triton") and dtype == torch.float64:
+        raise ValueError(f"{source} must be auto, cpu or reference for float64, got {name!r}")
+    if name == "triton" and not has_triton():
+        raise ValueError(f"{source} must be auto or reference where triton is not installed, got 'triton'")
+    if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"{source} must be another than 'triton' on a CPU, unless TRITON_INTERPRET=1 is set")
     if name == "native" and native.library() is None:
         raise ValueError(f"{source} must be auto, cpu or reference where nothing can be compiled, got 'native'")
     return name

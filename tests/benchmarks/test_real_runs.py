@@ -82,8 +82,11 @@ def test_a_test_pairs_the_users_means_over_seeds(results, monkeypatch):
 
 def test_the_search_page_says_what_each_run_changes():
     base = {"source": "beauty", "best": {"epoch": 2, "hr@10": 0.1, "ndcg@10": 0.05}, "epochs": 4}
-    rows = [{**base, "run": f"t{i}", "config": {"train": {"lr": lr, "epochs": 4}}} for i, lr in enumerate((0.1, 0.2))]
+    searched = (("hstu", 0.1), ("hstu", 0.2), ("transformer", 0.3))
+    configs = [{"model": {"encoder": {"kind": kind}}, "train": {"lr": lr, "epochs": 4}} for kind, lr in searched]
+    rows = [{**base, "run": f"t{i}", "config": config} for i, config in enumerate(configs)]
     lines = search.page(rows, "notes").splitlines()
+    assert "## beauty, `hstu`" in lines and "| t2 | (start) | 4 | 2 | 0.1000 | 0.0500 |" in lines
     assert "| t0 | (start) | 4 | 2 | 0.1000 | 0.0500 |" in lines
     assert "| t1 | `train.lr` 0.2 | 4 | 2 | 0.1000 | 0.0500 |" in lines and lines[-1] == "notes"
 

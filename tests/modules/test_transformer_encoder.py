@@ -35,12 +35,12 @@ def dense_block(layer, x, seen, sasrec):
 
 
 @pytest.mark.parametrize("block", ["sasrec", "pre_norm"])
-@pytest.mark.parametrize("targets", [None, [2, 0, 1]])
+@pytest.mark.parametrize("targets", [None, [2, 0, 1, 0, 3]])
 def test_jagged_equals_each_sequence_by_itself(block, targets):
     torch.manual_seed(0)
-    lengths = [4, 1, 6]
+    lengths = [4, 1, 6, 0, 5]  # the longest two are padded together
     model = build_transformer(TransformerConfig(num_heads=2, ffn_dim=7, block=block), 8, 99).double().eval()
-    x = torch.randn(11, 8, dtype=torch.float64)
+    x = torch.randn(sum(lengths), 8, dtype=torch.float64)
     rows = {} if targets is None else {"num_targets": torch.tensor(targets)}
     out = model(x, jagged(lengths, **rows))
     start = 0

@@ -1,0 +1,140 @@
+"""One dial -> a whole run. All formulas of a recipe stand in one frozen, named dataclass; a changed formula is a new
+name, so that runs of two recipes are never mixed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from gr.errors import UserError
+from gr.modules.hstu import HSTUConfig
+from gr.scaling.design import Cell
+from gr.training.config import ScheduleConfig
+from gr.training.run_config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """``s`` is the dial, C the budget in model FLOPs, D the width.
+
+    Attributes:
+        name: Its name in RECIPES.
+        width_per_scale: D = width_per_scale * s, rounded to whole heads.
+        head_width: Heads = D / head_width; d_qk = d_v = head_width.
+        depth_base: Layers = depth_base + depth_per_scale * ceil(s / 2).
+        depth_per_scale: See depth_base.
+        lr: Peak learning rate at width lr_width.
+        lr_width: See lr.
+        lr_exponent: lr * (D / lr_width) ** -lr_exponent (Yang et al. 2022, arXiv 2203.03466, find 1 for hidden
+            matrices under Adam; tables want 0, and one rate serves both here).
+        batch_tokens: Tokens of a batch at budget batch_budget.
+        batch_budget: See batch_tokens.
+        batch_exponent: batch_tokens * (C / batch_budget) ** batch_exponent (0.3: DeepSeek LLM, arXiv 2401.02954,
+            equation 1 has 0.3271).
+        max_batch_tokens: No batch is larger.
+        warmup: Share of the steps.
+        decay: Share of the steps at the end in which the rate falls to 0; before it is constant (warm-up, stable,
+            decay).
+        chosen: How these numbers came about; printed with every plan.
+    """
+
+    name: str
+    width_per_scale: int
+    head_width: int
+    depth_base: int = 2
+    depth_per_scale: int = 2
+    lr: float
+    lr_width: int
+    lr_exponent: float
+    batch_tokens: float
+    batch_budget: float
+    batch_exponent: float = 0.3
+    max_batch_tokens: float = math.inf
+    warmup: float = 0.02
+    decay: float = 0.2
+    chosen: str
+
+    def width(self, scale: float) -> int:
+        """D: a whole number of heads, at least one."""
+        return max(1, round(self.width_per_scale * scale / self.head_width)) * self.head_width
+
+    def layers(self, scale: float) -> int:
+        """Layers."""
+        return self.depth_base + self.depth_per_scale * math.ceil(scale / 2)
+
+    def apply(self, base: RunConfig, cell: Cell) -> RunConfig:
+        """The base config at a scale: model and learning rate; batch and steps are ``finish``'s.
+
+        Raises:
+            UserError: The base's encoder is of another kind, or it stops early.
+        """
+        if not isinstance(base.model.encoder, HSTUConfig):
+            raise UserError(
+                f"recipe {self.name} makes an hstu encoder, the base config {base.name} has "
+                f"{base.model.encoder.kind!r}; give one of encoder.kind hstu"
+            )
+        if base.train.early_stopping is not None:
+            raise UserError(
+                f"the base config {base.name} has train.early_stopping; a run of a study ends when its budget "
+                "is spent: set it to null"
+            )
+        dim, layers = self.width(cell.scale), self.layers(cell.scale)
+        encoder = dataclasses.replace(
+            base.model.encoder,
+            num_layers=layers,
+            num_heads=dim // self.head_width,
+            dim_qk=self.head_width,
+            dim_v=self.head_width,
+        )
+        optimizer = dataclasses.replace(base.train.optimizer, lr=self.lr * (dim / self.lr_width) ** -self.lr_exponent)
+        return dataclasses.replace(
+            base,
+            model=dataclasses.replace(base.model, dim=dim, encoder=encoder),
+            train=dataclasses.replace(base.train, optimizer=optimizer),
+        )
+
+    def batch_size(self, budget: float, mean_tokens: float, num_users: int) -> int:
+        """Sequences of a batch, at most the users there are."""
+        tokens = self.batch_tokens * (budget / self.batch_budget) ** self.batch_exponent
+        return min(max(1, round(min(tokens, self.max_batch_tokens) / mean_tokens)), num_users)
+
+    def finish(self, config: RunConfig, steps: int, epochs: int) -> RunConfig:
+        """The config with its length and schedule."""
+        warmup = min(max(1, round(self.warmup * steps)), max(0, steps - 1))
+        schedule = ScheduleConfig(kind="wsd", warmup_steps=warmup, final_ratio=0.0, decay_fraction=self.decay)
+        train = dataclasses.replace(config.train, epochs=epochs, max_steps=steps, schedule=schedule)
+        return dataclasses.replace(config, train=train)
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="hstu-cpu-1",
+            width_per_scale=16,
+            head_width=16,
+            depth_base=1,
+            depth_per_scale=1,
+            lr=0.004,
+            lr_width=64,
+            lr_exponent=0.5,
+            batch_tokens=1100.0,
+            batch_budget=1e12,
+            max_batch_tokens=16384.0,
+            chosen="the learning rate at its reference width is that of configs/quickstart.yaml; its change with width "
+            "and the batch's with budget are taken from language models and not verified here",
+        ),
+    )
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by name.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name not in RECIPES:
+        raise UserError(f"recipe {name!r} is unknown; there are {', '.join(RECIPES)}")
+    return RECIPES[name]

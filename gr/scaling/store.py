@@ -1,0 +1,231 @@
+"""A study's folder is its database: one folder a run, done when its ``result.json`` is there, written last.
+
+::
+
+    <out>/<study>/runs/<run_id>/spec.json    what to do: the whole config, the recipe, hashes, planned cost
+                                heartbeat.json, log.txt, error.json
+                                model/       an ordinary run folder: gr-evaluate and gr-recommend read it
+                                result.json  measured cost and metrics; a diverged run has one, too
+                  runs.csv timings.csv fits.json
+
+Delete a run's folder to have it run again. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gr.errors import UserError
+
+SCHEMA = 1
+HEARTBEAT_S = 20.0
+STALE_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One run, complete: with the code and the data of its hashes it can be done anywhere.
+
+    Attributes:
+        run_id: Of everything that decides its result; see ``make_run_id``.
+        study, variant, recipe: Where it comes from.
+        scale, budget, seed: Its cell.
+        holdout: Whether it is predicted only.
+        planned: Integers steps, tokens, labels, pairs, model_flops, n_encoder, and epochs, as the plan counted them.
+        judging: ``users`` and ``ks``.
+        data_hash, eval_hash: What it must find.
+        config: The whole RunConfig as plain data.
+    """
+
+    run_id: str
+    study: str
+    variant: str
+    recipe: str
+    scale: float
+    budget: float
+    seed: int
+    holdout: bool
+    planned: dict[str, float]
+    judging: dict[str, Any]
+    data_hash: str
+    eval_hash: str
+    config: dict[str, Any]
+
+    @property
+    def cost(self) -> float:
+        """Model FLOPs."""
+        return self.planned["model_flops"]
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.variant} scale {self.scale:g} at {self.budget:.3g} FLOPs seed {self.seed}"
+
+
+def make_run_id(config_hash: str, recipe: str, data_hash: str, eval_hash: str) -> str:
+    """12 hex digits of the sha256 of what decides a result."""
+    text = json.dumps([SCHEMA, config_hash, recipe, data_hash, eval_hash], separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically: aside, to disk, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content; ``None`` if the file is missing or not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run."""
+
+    path: Path
+
+    @property
+    def spec_file(self) -> Path:
+        """What to do."""
+        return self.path / "spec.json"
+
+    @property
+    def model(self) -> Path:
+        """The ordinary run folder."""
+        return self.path / "model"
+
+    def write_spec(self, spec: RunSpec) -> None:
+        """Puts the spec there, unless it is there."""
+        wanted = asdict(spec)
+        if read_json(self.spec_file) != json.loads(json.dumps(wanted)):
+            write_json(self.spec_file, wanted)
+
+    def spec(self) -> RunSpec:
+        """What to do.
+
+        Raises:
+            UserError: Missing or damaged.
+        """
+        raw = read_json(self.spec_file)
+        try:
+            return RunSpec(**{f.name: raw[f.name] for f in fields(RunSpec)})
+        except (KeyError, TypeError):
+            raise UserError(f"{self.spec_file} is missing or damaged; gr-scaling run writes it again") from None
+
+    def result(self) -> dict[str, Any] | None:
+        """What came out, or ``None`` if the run is not done."""
+        raw = read_json(self.path / "result.json")
+        whole = isinstance(raw, dict) and raw.get("schema") == SCHEMA and raw.get("run_id") == self.path.name
+        return raw if whole else None
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """The last file that a run writes."""
+        (self.path / "error.json").unlink(missing_ok=True)
+        write_json(self.path / "result.json", {"schema": SCHEMA, "run_id": self.path.name, **result})
+
+    def error(self) -> dict[str, Any] | None:
+        """What went wrong the last time."""
+        raw = read_json(self.path / "error.json")
+        return raw if isinstance(raw, dict) else None
+
+    def write_error(self, kind: str, message: str) -> None:
+        """``kind``: the exception's class, or ``crash``."""
+        write_json(self.path / "error.json", {"kind": kind, "message": message})
+
+    def state(self, now: float | None = None) -> str:
+        """done, diverged, running, failed, preempted (begun, and nobody is at it) or planned."""
+        result = self.result()
+        if result is not None:
+            return str(result["status"])
+        if self._alive(time.time() if now is None else now):
+            return "running"
+        if self.error() is not None:
+            return "failed"
+        return "preempted" if any(self.model.glob("checkpoints/*.pt")) else "planned"
+
+    def _alive(self, now: float) -> bool:
+        beat = read_json(self.path / "heartbeat.json")
+        if not isinstance(beat, dict):
+            return False
+        if beat.get("host") == socket.gethostname():
+            try:
+                os.kill(int(beat["pid"]), 0)
+            except (OSError, ValueError, KeyError, TypeError):
+                return False
+        return now - float(beat.get("time", 0.0)) < STALE_S
+
+    @contextlib.contextmanager
+    def heartbeat(self) -> Iterator[None]:
+        """While entered, says every ``HEARTBEAT_S`` that this process is at it."""
+        path, over = self.path / "heartbeat.json", threading.Event()
+
+        def beat() -> None:
+            with contextlib.suppress(UserError):
+                write_json(path, {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()})
+
+        def loop() -> None:
+            while not over.wait(HEARTBEAT_S):
+                beat()
+
+        beat()
+        thread = threading.Thread(target=loop, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            path.unlink(missing_ok=True)
+
+
+def run_dir(study_folder: Path, run_id: str) -> RunDir:
+    """The folder of a run of a study."""
+    return RunDir(study_folder / "runs" / run_id)
+
+
+def all_runs(study_folder: Path) -> list[RunDir]:
+    """Every folder with a spec, by name."""
+    return [RunDir(path.parent) for path in sorted((study_folder / "runs").glob("*/spec.json"))]
+
+
+def mean_rate(study_folder: Path, variant: str | None = None, scale: float | None = None) -> float | None:
+    """Model FLOP/s of a device, seen in this study: of the nearest scale of the variant; ``None``: nothing seen."""
+    seen: list[tuple[bool, float, float, float]] = []
+    for run in all_runs(study_folder):
+        result = run.result()
+        if result is None or result["timings"]["train_seconds"] <= 0:
+            continue
+        spec = run.spec()
+        far = 0.0 if scale is None else abs(spec.scale - scale)
+        rate = result["measured"]["model_flops"] / result["timings"]["train_seconds"]
+        seen.append((spec.variant != variant, far, -spec.cost, rate))
+    return min(seen)[3] if seen else None

@@ -1,0 +1,124 @@
+"""``runs.csv``: a row a run, in the order of run ids; what differs between two machines lies in ``timings.csv``.
+
+Needs no torch, and reads tables of other systems: ``COLUMNS`` are the ones that a fit needs.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+from gr.errors import UserError
+from gr.scaling.store import all_runs, read_json, write_text
+
+COLUMNS = ("run_id", "budget", "n_encoder", "tokens", "model_flops", "loss")
+MEASURED = ("steps", "tokens", "pairs", "model_flops", "flops_dense", "flops_attention", "flops_head", "n_encoder",
+            "n_dense", "n_sparse", "train_loss", "loss_floor")  # fmt: skip
+ALIKE = {
+    "variant": "choose one with --variant",
+    "recipe": "fit each recipe by itself",
+    "data_hash": "fit runs of one log only",
+    "eval_hash": "runs must be judged alike",
+}
+
+
+def collect(folder: Path) -> tuple[Path, int]:
+    """Writes both tables of a study, of runs in any state.
+
+    Returns:
+        ``runs.csv`` and the number of its rows.
+
+    Raises:
+        UserError: Nothing was run.
+    """
+    rows, timings = [], []
+    for run in all_runs(folder):
+        spec, result, state = run.spec(), run.result() or {}, run.state()
+        error = run.error() or {}
+        row: dict[str, Any] = {name: getattr(spec, name) for name in ("run_id", "study", "variant", "recipe")}
+        row |= {"status": state, "reason": result.get("reason") or error.get("message", "")}
+        row |= {"scale": spec.scale, "budget": spec.budget, "seed": spec.seed, "holdout": int(spec.holdout)}
+        row |= {"data_hash": spec.data_hash[:12], "eval_hash": spec.eval_hash, "epochs": spec.planned["epochs"]}
+        row |= {name: result.get("measured", {}).get(name) for name in MEASURED}
+        rows.append(row | {name: value for name, value in sorted(result.get("metrics", {}).items())})
+        timings.append({"run_id": spec.run_id, **result.get("timings", {})})
+    if not rows:
+        raise UserError(f"{folder} has no runs; gr-scaling run makes them")
+    write_text(folder / "timings.csv", _text(timings))
+    write_text(folder / "runs.csv", _text(rows))
+    return folder / "runs.csv", len(rows)
+
+
+def _text(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def read_runs(path: Path, variant: str | None = None) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Rows that can be fitted, their ``COLUMNS`` as floats and ``holdout`` as bool, and (run_id, why) of the others.
+
+    Raises:
+        UserError: No such file or column, a run twice, or runs that cannot be compared.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows: list[dict[str, Any]] = list(reader)
+            names = reader.fieldnames or []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; gr-scaling collect STUDY writes it") from None
+    missing = [name for name in COLUMNS if name not in names]
+    if missing:
+        raise UserError(f"{path} has no column {missing[0]!r}; a table of runs needs {', '.join(COLUMNS)}")
+    if variant is not None:
+        rows = [row for row in rows if row.get("variant") == variant]
+        if not rows:
+            raise UserError(f"{path} has no run of variant {variant!r}")
+    ids = [row["run_id"] for row in rows]
+    twice = next((name for i, name in enumerate(ids) if name in ids[:i]), None)
+    if twice is not None:
+        raise UserError(f"{path} has run {twice} twice; every run must stand there once")
+    good, excluded = [], []
+    for row in rows:
+        status = row.get("status") or "done"
+        if status != "done":
+            excluded.append((row["run_id"], f"{status}: {row['reason']}" if row.get("reason") else status))
+            continue
+        for name in COLUMNS[1:]:
+            row[name] = _number(path, row, name)
+        row["holdout"] = row.get("holdout") in ("1", "True", "true")
+        good.append(row)
+    for name, right in ALIKE.items():
+        found = sorted({row.get(name) or "" for row in good})
+        if len(found) > 1:
+            raise UserError(f"{path} mixes {name} {found[0]!r} and {found[1]!r}; {right}")
+    return good, excluded
+
+
+def _number(path: Path, row: dict[str, Any], name: str) -> float:
+    try:
+        value = float(row[name])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"{path}: run {row['run_id']} has {name} {row[name]!r}; it must be a number above 0")
+    return value
+
+
+def read_fit(path: Path) -> dict[str, Any]:
+    """What ``gr-scaling fit`` wrote beside a table.
+
+    Raises:
+        UserError: Nothing is there.
+    """
+    raw = read_json(path)
+    if not isinstance(raw, dict) or "surface" not in raw:
+        raise UserError(f"{path} is missing or damaged; gr-scaling fit writes it")
+    return raw

@@ -1,0 +1,200 @@
+"""Does one run of a study: ``python -m gr.scaling.worker RUN_FOLDER``. The same command again resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gr import config as configs
+from gr import flops
+from gr.data.split import Split
+from gr.data.store import EventStore
+from gr.distributed.process import ProcessContext, process
+from gr.errors import Diverged, UserError, run_cli
+from gr.models.retrieval import RetrievalModel
+from gr.scaling.judge import judge, loss_floor
+from gr.scaling.plan import eval_hash, judged_targets, matrix_parameters
+from gr.scaling.store import RunDir, RunSpec
+from gr.training.assemble import assemble, open_data, train_loader
+from gr.training.environment import describe
+from gr.training.phase import Phase
+from gr.training.run_config import RunConfig
+from gr.training.run_folder import RunFolder, claim
+from gr.training.trainer import Trainer
+
+DIVERGED_RATIO = 1.5  # of the first logged training loss
+
+
+def work(folder: Path, ctx: ProcessContext) -> str:
+    """Runs the spec in a folder to its end, in this process alone.
+
+    Returns:
+        ``done``, ``diverged``, ``stopped`` (saved; the same call goes on) or ``failed`` (see error.json).
+    """
+    run = RunDir(folder)
+    spec = run.spec()
+    with run.heartbeat():
+        try:
+            return _work(run, spec, ctx)
+        except Exception as error:
+            last = traceback.format_exc().strip().splitlines()[-3:]
+            message = str(error) if isinstance(error, UserError) else " | ".join(line.strip() for line in last)
+            run.write_error(type(error).__name__, message)
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            return "failed"
+
+
+def _work(run: RunDir, spec: RunSpec, ctx: ProcessContext) -> str:
+    config = configs.from_dict(RunConfig, spec.config, str(run.spec_file))
+    config = dataclasses.replace(config, name=run.model.name, runs=str(run.path))
+    store, split = open_data(config)
+    _same_data(config, store, split, spec)
+    claim(run.model, config, ["gr-scaling", "run", spec.study], store)
+    model = assemble(config, store, split)
+    loader = train_loader(config, store, split, ctx)
+    trainer = Trainer(model, [Phase("train")], loader, None, config.train, ctx, run.model, config.seed)
+    try:
+        trained = trainer.fit()
+    except Diverged as diverged:
+        run.write_result(_record(spec, ctx, model, trainer, 0.0, str(diverged), {}, None))
+        return "diverged"
+    if trained.status == "stopped":
+        return "stopped"
+    begin = time.perf_counter()
+    targets = judged_targets(split, spec.judging["users"])
+    metrics = judge(config, ctx, store, targets, model, spec.judging["ks"])
+    judged = time.perf_counter() - begin
+    reason = _went_up(RunFolder(run.model).metrics)
+    run.write_result(_record(spec, ctx, model, trainer, judged, reason, metrics, loss_floor(config, store, targets)))
+    return "diverged" if reason else "done"
+
+
+def _same_data(config: RunConfig, store: EventStore, split: Split, spec: RunSpec) -> None:
+    found = store.manifest["content_hash"]
+    if found != spec.data_hash:
+        raise UserError(
+            f"run {spec.run_id} was planned on a log of content {spec.data_hash[:12]}, here it is {found[:12]}; "
+            "plan the study again"
+        )
+    judged = eval_hash(config, split, spec.judging["users"], spec.judging["ks"], found)
+    if judged != spec.eval_hash:
+        raise UserError(
+            f"run {spec.run_id} was planned to be judged on {spec.eval_hash}, here it would be on {judged}; "
+            "plan the study again"
+        )
+
+
+def _went_up(metrics: Path) -> str | None:
+    """Why a finished run counts as diverged, or ``None``."""
+    losses = [line["loss"] for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
+    if losses and losses[-1] > DIVERGED_RATIO * losses[0]:
+        return f"the training loss rose from {losses[0]:.3f} to {losses[-1]:.3f}"
+    return None
+
+
+def _record(
+    spec: RunSpec,
+    ctx: ProcessContext,
+    model: RetrievalModel,
+    trainer: Trainer,
+    judge_seconds: float,
+    reason: str | None,
+    metrics: dict[str, float],
+    floor: float | None,
+) -> dict[str, Any]:
+    """What ``result.json`` holds."""
+    total = trainer.state.total
+    device = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "cpu"
+    peak = flops.device_peak_flops(device, "bf16" if trainer.config.precision == "bf16" else "tf32")
+    about = describe(["gr-scaling", "run", spec.study])
+    return {
+        "status": "diverged" if reason else "done",
+        "reason": reason,
+        "measured": {
+            "steps": total.steps,
+            "tokens": total.tokens,
+            "pairs": total.pairs,
+            "model_flops": total.model_flops,
+            "train_loss": total.mean_loss,
+            "loss_floor": floor,
+            **_shares(model, total.tokens, total.pairs, total.forward_flops),
+            **_parameters(model),
+        },
+        "metrics": metrics,
+        "code": about.get("git_commit", "unknown") + ("+" if about.get("git_dirty") else ""),
+        "timings": {
+            "train_seconds": total.seconds,
+            "judge_seconds": judge_seconds,
+            "tokens_per_s": total.tokens_per_s,
+            "mfu": flops.utilisation(total.model_flops, total.seconds, peak, 1),
+            "device": device,
+        },
+        "env": {name: about.get(name) for name in ("python", "torch", "cpu", "threads", "cuda", "platform")},
+    }
+
+
+def _shares(model: RetrievalModel, tokens: int, pairs: int, forward: int) -> dict[str, int]:
+    """Model FLOPs of the encoder's products, of attention, and of the scores."""
+    parts = model.encoder.forward_flops(tokens, pairs)
+    attention = sum(count for name, count in parts.items() if name.startswith("attention"))
+    inside = sum(parts.values())
+    return {
+        "flops_dense": flops.training_flops(inside - attention),
+        "flops_attention": flops.training_flops(attention),
+        "flops_head": flops.training_flops(forward - inside),
+    }
+
+
+def _parameters(model: RetrievalModel) -> dict[str, int]:
+    """Counts by group; the analyst says which of them is N."""
+    dense = sum(p.numel() for p in model.dense_parameters())
+    return {
+        "n_encoder": matrix_parameters(model.encoder),
+        "n_dense": dense,
+        "n_sparse": sum(p.numel() for p in model.table_parameters()),
+        "bytes_per_lookup": model.cfg.dim * 4,
+    }
+
+
+@contextlib.contextmanager
+def _no_log() -> Iterator[None]:
+    """A run in the driver's own process says nothing of its steps."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def work_here(folder: Path, device: str = "auto") -> str:
+    """``work`` in this process."""
+    with process(device) as ctx, _no_log():
+        return work(folder, ctx)
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0 done or diverged, 3 stopped and saved, 1 failed."""
+    if len(argv) != 1:
+        raise UserError("usage: python -m gr.scaling.worker RUN_FOLDER")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    device = RunDir(Path(argv[0])).spec().config["device"]
+    try:
+        with process(device) as ctx:
+            state = work(Path(argv[0]), ctx)
+    except KeyboardInterrupt:
+        state = "stopped"  # outside of training: what is done is on disk
+    print(state, flush=True)
+    return {"done": 0, "diverged": 0, "stopped": 3}.get(state, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
