@@ -20,6 +20,7 @@ from gr.training.assemble import assemble, eval_loader, open_data
 from gr.training.phase import Phase
 from gr.training.trainer import Trainer
 from gr.training.weights import load_weights
+from left_behind import thread_names
 from sharded_runs import RUNS, SAVED, losses, run_config, train
 
 PROOFS = [
@@ -64,6 +65,7 @@ def two_workers(rank: int, world: int, folder: str) -> None:
         for name in ("two", "two-table-wise"):
             train(path, name, run_config(path, SAVED, RESUMED[name]), ctx)
         refusals(path, ctx)
+    (path / f"threads-{rank}").write_text("\n".join(thread_names()))
 
 
 def answers(path: Path, ctx: ProcessContext) -> None:
@@ -209,6 +211,12 @@ def test_a_missing_folder_and_weights_of_another_kind_are_one_sentence(runs, tmp
     model.tables.config = run_config(runs, SAVED, None, optimizer={"kind": "adamw"}).distributed.tables
     with pytest.raises(UserError, match="of another model .it has tables that own their optimizer"):
         load_weights(model, tmp_path / "best.pt")
+
+
+def test_no_group_lives_on(runs):
+    for rank in range(2):
+        names = (runs / f"threads-{rank}").read_text().split("\n")
+        assert names and not [name for name in names if "gloo" in name]
 
 
 def test_steps_in_between_are_refused(runs, tmp_path):
