@@ -6,7 +6,9 @@ begun under Ray and continued under torchrun.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import signal
@@ -24,6 +26,15 @@ from gr.launch.torchrun import check_counts, threads
 
 _LOOK_EVERY_S = 1.0
 _REACH_S = 20.0
+_ALWAYS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # imports from a network file system take longer than Ray's 60 s
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# On one machine nothing is preempted, and without a dashboard nobody asks for metrics.
+_ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+# Tells every second that there is no dashboard to ask.
+_NOISE = "(PlacementGroupCleaner "
 
 
 @dataclass(frozen=True)
@@ -105,9 +116,8 @@ def execute(job: Job) -> int:
         if not host or not port.isdigit():
             raise UserError(f"--address {job.address!r}: must be HOST:PORT of a running Ray, for instance node0:6379")
         check_reachable(host, int(port), _REACH_S)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    for name, value in {**_ALWAYS, **({} if job.address else _ALONE)}.items():
+        os.environ.setdefault(name, value)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -151,9 +161,10 @@ def execute(job: Job) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             previous[number] = signal.signal(number, hand_on)
         try:
-            fitting.start()
-            while fitting.is_alive():
-                fitting.join(0.5)
+            with contextlib.redirect_stderr(_Without(sys.stderr, _NOISE)):
+                fitting.start()
+                while fitting.is_alive():
+                    fitting.join(0.5)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -166,9 +177,8 @@ def execute(job: Job) -> int:
     finally:
         ray.shutdown()
         shutil.rmtree(Path(job.storage) / notes, ignore_errors=True)
-        for folder in (Path(job.storage),):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # not while another job's notes are there
+            Path(job.storage).rmdir()
 
 
 def _check_size(job: Job, has: dict[str, float]) -> None:
@@ -178,6 +188,23 @@ def _check_size(job: Job, has: dict[str, float]) -> None:
                 f"{job.workers} processes with {each:g} {what} each need {each * job.workers:g}, and this Ray has "
                 f"{has.get(what, 0.0):g}; use fewer processes, or --cpus with a smaller share"
             )
+
+
+class _Without(io.TextIOBase):
+    """A stream less the writes that hold a word."""
+
+    def __init__(self, stream: Any, word: str) -> None:
+        self._stream, self._word = stream, word
+
+    def write(self, text: str) -> int:
+        """Hands on, or drops."""
+        if self._word not in text:
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hands on."""
+        self._stream.flush()
 
 
 class _Board:
