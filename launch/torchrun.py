@@ -108,7 +108,6 @@ def build(
         # workers look for each other under that name. The timeouts are how long agents outlast a cut of the network.
         launcher += [
             f"--nnodes={nodes.count}",
-            f"--node-rank={nodes.rank}",
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={nodes.endpoint}",
             f"--local-addr={address}",

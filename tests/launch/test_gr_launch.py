@@ -147,7 +147,7 @@ def test_a_machine_among_several_names_itself_and_its_way_to_the_others() -> Non
     nodes = torchrun.Nodes("2:4", 1, "127.0.0.1:29511", survive_s=90)
     command = torchrun.build("a", [], nproc=8, cores=8, env={}, max_restarts=5, nodes=nodes)
     expected = (
-        "--nnodes=2:4 --node-rank=1 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:29511 --local-addr=127.0.0.1 "
+        "--nnodes=2:4 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:29511 --local-addr=127.0.0.1 "
         "--rdzv-conf=is_host=0,timeout=90,read_timeout=90 --nproc-per-node=8 --max-restarts=5 -m gr.train a"
     )
     assert shlex.join(command.argv).endswith(expected)

@@ -16,7 +16,7 @@ import torch
 
 from gr.evaluation.saved_ranks import load_ranks
 from gr.training.checkpoint import load_torch
-from tiny_runs import WORLD, environment, train, train_process, write
+from tiny_runs import TINY, WORLD, environment, train, train_process, write
 
 SLOWER = {**WORLD, "num_users": 1500}  # enough steps for an accident to happen in
 
@@ -129,7 +129,8 @@ def test_each_mistake_is_one_sentence_and_exit_status_2(tmp_path, capsys, monkey
 
 def test_gr_launch_stops_resumes_and_refuses_like_gr_train(tmp_path):
     """Two processes through gr-launch: SIGTERM saves and gives 3, the same command resumes, a mistake gives 2."""
-    write(tmp_path, data=SLOWER)
+    # Long enough that the signal, through three processes on a busy machine, comes before the end.
+    write(tmp_path, data=SLOWER, train={**TINY["train"], "epochs": 8})
     launch = ["-m", "gr.launch.cli", "torchrun", "--nproc", "2", "tiny.yaml"]
     process = subprocess.Popen(
         [sys.executable, *launch],
