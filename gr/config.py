@@ -53,6 +53,14 @@ def runtime(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"runtime": True})
 
 
+def unhashed_default(default: Any) -> Any:
+    """A field left out of the config's hash while its part says nothing but defaults.
+
+    For parts that most runs do without: their results keep the hash under which they are recorded.
+    """
+    return dataclasses.field(default=default, metadata={"unhashed_default": default})
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads ``1e-3`` as a float, ``on`` and ``no`` as words, and refuses repeated keys.
 
@@ -136,8 +144,8 @@ def apply_overrides(raw: Mapping[str, Any], arguments: Sequence[str]) -> dict[st
                 raise UserError(f"override --{key} needs a value, as in --{key} 3")
             value = rest.pop(0)
         pairs.append((key, value))
-    # A kind resets its part, so kinds go first whatever the order on the command line.
-    pairs.sort(key=lambda pair: not pair[0].endswith(".kind"))
+    # A kind resets its part and all within, so kinds go first, outer ones before inner ones, whatever the order given.
+    pairs.sort(key=lambda pair: (0, pair[0].count(".")) if pair[0].endswith(".kind") else (1, 0))
     for key, value in pairs:
         node = result
         *parents, leaf = key.split(".")
@@ -176,12 +184,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_hash(config: Any) -> str:
-    """12 hex digits of the sha256 of the canonical JSON of everything but ``runtime`` fields."""
+    """12 hex digits of the sha256 of the canonical JSON of everything but ``runtime`` fields (and some defaults)."""
 
     def strip(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
             fields = [f for f in dataclasses.fields(value) if not f.metadata.get("runtime")]
-            return {f.name: strip(getattr(value, f.name)) for f in fields}
+            found = {f.name: (strip(getattr(value, f.name)), f.metadata.get("unhashed_default")) for f in fields}
+            return {name: part for name, (part, silent) in found.items() if silent is None or part != strip(silent)}
         return to_dict(value)
 
     text = json.dumps(strip(config), sort_keys=True, separators=(",", ":"))

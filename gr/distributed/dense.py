@@ -46,8 +46,11 @@ class DataParallel(nn.Module):
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers to a word that 2.11 does not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            plain = _PlainOutput(model)
+            # What is sharded learns by itself.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(plain, _sharded_names(plain))
             self.parallel = DistributedDataParallel(
-                _PlainOutput(model),
+                plain,
                 device_ids=[ctx.device.index] if ctx.device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
@@ -59,6 +62,13 @@ class DataParallel(nn.Module):
         """The model's ``Losses`` for this rank's batch."""
         total, parts, weight = self.parallel(batch)
         return self.parallel.module.losses_type(total=total, parts=parts, weight=weight)
+
+
+def _sharded_names(model: nn.Module) -> list[str]:
+    """Names of all parameters and buffers of modules that say ``sharded``."""
+    parts = [(name, part) for name, part in model.named_modules() if getattr(part, "sharded", False)]
+    held = [(name, [*part.named_parameters(), *part.named_buffers()]) for name, part in parts]
+    return [f"{name}.{inner}" for name, found in held for inner, _ in found]
 
 
 def wrap(model: nn.Module, ctx: ProcessContext, accumulate: bool = False) -> nn.Module:

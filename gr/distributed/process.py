@@ -6,8 +6,11 @@ there are.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import gc
+import importlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -80,6 +83,12 @@ def start(
         local_rank = rank
     chosen = _device(device, local_rank)
     if world > 1:
+        # Its functions have the default group of the time of the import as a default argument: imported later (by
+        # torchrec, or by AdamW through torch's compiler) it would keep the group and its threads alive until the
+        # interpreter ends, where a thread that still wants the interpreter's lock brings the process down.
+        importlib.import_module("torch.distributed.nn.functional")
+        atexit.register(gc.collect)  # for groups that ``finish`` still saw in use, as an exception's frames use them
+
         # Both backends on a GPU: host numbers (stop flags, counts) then travel without waiting for the
         # device.
         backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -103,14 +112,20 @@ def start(
 
 
 def finish(ctx: ProcessContext) -> None:
-    """Leaves the group; harmless when there is none."""
+    """Leaves all groups and ends their threads; harmless when there is none. ``ctx`` serves for nothing afterwards.
+
+    A group's threads end when the last reference to it goes. Models that hold one (sharded tables) stand in circles
+    of references, which only the collector breaks; here that is done while the interpreter can still lend its lock.
+    """
     if ctx.world > 1 and dist.is_initialized():
+        object.__setattr__(ctx, "patient", None)
         dist.destroy_process_group()
+        gc.collect()
 
 
 @contextlib.contextmanager
 def process(device: str = "auto", **kwargs: Any) -> Iterator[ProcessContext]:
-    """``start`` on entry, ``finish`` on exit, whatever happened between.
+    """``start`` on entry, ``finish`` on exit, whatever happened between; on success nobody leaves before the others.
 
     Raises:
         PeerLost: In place of what a collective raises when another process is gone. The group is then left as it is:
@@ -122,6 +137,7 @@ def process(device: str = "auto", **kwargs: Any) -> Iterator[ProcessContext]:
         raise _as_lost(error) from None
     try:
         yield ctx
+        barrier(ctx)
     except RuntimeError as error:
         lost = _as_lost(error)
         if ctx.world > 1 and isinstance(lost, PeerLost):

@@ -28,6 +28,8 @@ LARGEST_BLOCK = 2**24
 # (row, item) pairs of a batch up to which repeats are found by a table of all of them, 64 MiB, and not by sorting.
 TABLE_PAIRS = 2**24
 Gather = Callable[[list[Any]], list[list[Any]]]
+Scores = Callable[[tuple[int, int]], Tensor]
+DIVERGED = "{} gave NaN scores; training has diverged, try a smaller learning rate"
 # Which earlier items of a user leave the candidates: none, all, or those among the events that the encoder reads.
 SeenRule = Literal[False, True, "window"]
 
@@ -116,7 +118,7 @@ def rank_targets(
 
     window = masked_events(mask_seen, loader.layout) if mask_seen else None
     found: list[np.ndarray] = []
-    with _evaluating(recommender), torch.no_grad():
+    with evaluating(recommender), torch.no_grad():
         for rows, batch in loader:
             rows = np.arange(len(user))[rows] if isinstance(rows, slice) else np.asarray(rows)
             masked, missed, candidates = None, None, np.full(len(rows), store.num_items)
@@ -126,7 +128,12 @@ def rank_targets(
                 masked, missed = (row[~own], item[~own]), row[own]
                 candidates -= np.bincount(masked[0], minlength=len(rows))
             batch = batch if device is None else batch.to(device)
-            better, tied = _count(recommender, batch, truth[rows], masked, block, name)
+            spans, scores = _spans(recommender, batch, len(rows), block, name)
+            higher, at_least, nan = count(spans, scores, truth[rows], masked)
+            if nan:
+                raise UserError(DIVERGED.format(name))
+            better = higher.cpu().numpy()
+            tied = (at_least - higher).cpu().numpy() - 1
             if missed is not None:
                 better[missed], tied[missed] = candidates[missed] - 1, 0
             found.append(np.stack([rows, better, tied, candidates]))
@@ -139,7 +146,7 @@ def rank_targets(
 
 
 @contextmanager
-def _evaluating(recommender: Any) -> Iterator[None]:
+def evaluating(recommender: Any) -> Iterator[None]:
     """Evaluation mode (no dropout) for the time being."""
     training = isinstance(recommender, nn.Module) and recommender.training
     if training:
@@ -192,61 +199,90 @@ def seen_mask(store: Any, user: np.ndarray, position: np.ndarray, window: int | 
     return mask
 
 
-def _count(
-    recommender: Any,
-    batch: JaggedBatch,
-    truth: np.ndarray,
-    masked: tuple[np.ndarray, np.ndarray] | None,
-    block: int,
-    name: str,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(better, tied), (B,) int64 each, of one batch."""
-    num_items, size = recommender.num_items, len(truth)
+def _spans(
+    recommender: Any, batch: JaggedBatch, size: int, block: int, name: str
+) -> tuple[list[tuple[int, int]], Scores]:
+    """Ranges that cover all items, and their (B, hi - lo) scores of a batch of ``size`` rows."""
     scorer = None
     if hasattr(recommender, "scorer"):
         scorer = recommender.scorer(batch)
         block = min(block, max(1, SPAN_SCORES // size))
-    block = min(block, LARGEST_BLOCK)
-    ranges = [(lo, min(lo + block, num_items)) for lo in range(0, num_items, block)]
-    kept: dict[tuple[int, int], Tensor] = {}
-    keep = len(ranges) == 1 or size * num_items * 8 <= KEEP_BYTES
 
     def scores(span: tuple[int, int]) -> Tensor:
-        if span in kept:
-            return kept[span]
         values = scorer(span) if scorer is not None else recommender.scores(batch, span)
         if tuple(values.shape) != (size, span[1] - span[0]) or not values.is_floating_point():
             raise UserError(
                 f"{name}.scores gave {values.dtype} of shape {tuple(values.shape)}; "
                 f"floats of shape {(size, span[1] - span[0])} are right"
             )
+        return values
+
+    return ranges(0, recommender.num_items, block), scores
+
+
+def ranges(first: int, last: int, block: int) -> list[tuple[int, int]]:
+    """Spans of at most ``block`` items, and of no more than can be counted, that cover first..last-1."""
+    block = min(block, LARGEST_BLOCK)
+    return [(lo, min(lo + block, last)) for lo in range(first, last, block)]
+
+
+def count(
+    spans: list[tuple[int, int]],
+    scores: Scores,
+    truth: np.ndarray,
+    masked: tuple[np.ndarray, np.ndarray] | None,
+    share: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, bool]:
+    """How many items of some spans score higher than each row's target, and how many at least as high.
+
+    Args:
+        spans: Ranges of items, none empty, in order and without gaps.
+        scores: Their (B, hi - lo) scores.
+        truth: (B,) int64 targets.
+        masked: (row, item) pairs that do not count.
+        share: Makes of (B,) scores of targets, 0 where these lie in no span, the scores of all of them; ``None``: the
+            spans hold all.
+
+    Returns:
+        Two (B,) int64, and whether a score was NaN.
+    """
+    size, (first, last) = len(truth), (spans[0][0], spans[-1][1])
+    kept: dict[tuple[int, int], Tensor] = {}
+    keep = len(spans) == 1 or size * (last - first) * 8 <= KEEP_BYTES
+
+    def values_of(span: tuple[int, int]) -> Tensor:
+        values = kept[span] if span in kept else scores(span)
         if keep:
             kept[span] = values
         return values
 
     own: Tensor | None = None
     target = torch.from_numpy(truth)
-    for span in ranges:  # first pass: each target's own score, from the block that holds it
+    for span in spans:  # first pass: each target's own score, from the block that holds it
         inside = (target >= span[0]) & (target < span[1])
-        if inside.any():
-            values = scores(span)
-            own = values.new_empty(size) if own is None else own
+        if inside.any() or (own is None and share is not None):
+            values = values_of(span)
+            own = values.new_zeros(size) if own is None else own
             at = inside.nonzero()[:, 0].to(values.device)
             own[at] = values[at, target[inside].to(values.device) - span[0]]
     assert own is not None
+    own = own if share is None else share(own)
 
     better = torch.zeros(size, dtype=torch.int64, device=own.device)
     at_least = torch.zeros_like(better)
     total = own.new_zeros(())
-    for span in ranges:
-        values = scores(span)
+    if masked is not None and (len(spans) > 1 or share is not None):
+        within = (masked[1] >= first) & (masked[1] < last)
+        masked = masked[0][within], masked[1][within]
+    for span in spans:
+        values = values_of(span)
         total += values.sum()
         flags = torch.empty(values.shape, dtype=values.dtype, device=values.device)
         better += _add_up(torch.gt(values, own[:, None], out=flags))
         at_least += _add_up(torch.ge(values, own[:, None], out=flags))
         if masked is not None:  # what was seen is counted with the rest, and taken off
             row, item = masked
-            if len(ranges) > 1:
+            if len(spans) > 1 or share is not None:
                 inside = (item >= span[0]) & (item < span[1])
                 row, item = row[inside], item[inside] - span[0]
             row, item = (torch.from_numpy(index).to(own.device) for index in (row, item))
@@ -254,9 +290,8 @@ def _count(
             better.index_add_(0, row, (seen > bar).long(), alpha=-1)
             at_least.index_add_(0, row, (seen >= bar).long(), alpha=-1)
     # A NaN makes the total NaN; so do two infinities. One device sync a batch, not one a block.
-    if bool(torch.isnan(total)) and any(bool(torch.isnan(scores(span)).any()) for span in ranges):
-        raise UserError(f"{name} gave NaN scores; training has diverged, try a smaller learning rate")
-    return better.cpu().numpy(), (at_least - better).cpu().numpy() - 1
+    nan = bool(torch.isnan(total)) and any(bool(torch.isnan(values_of(span)).any()) for span in spans)
+    return better, at_least, nan
 
 
 def _add_up(flags: Tensor) -> Tensor:

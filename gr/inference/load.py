@@ -15,7 +15,7 @@ from gr.errors import UserError
 from gr.models.recommender import Recommender
 from gr.training.checkpoint import find_checkpoint
 from gr.training.run_folder import RunFolder
-from gr.training.trainer import load_weights
+from gr.training.weights import load_weights
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from gr import flops
 from gr.config import OneOf, build
 from gr.data.batch import JaggedBatch
-from gr.embedding.local import LocalTables, TableSpec
+from gr.embedding.local import LocalTables
+from gr.embedding.spec import TableSpec
 from gr.errors import UserError
 from gr.flops import StepCost
 from gr.losses import Losses
@@ -45,6 +46,14 @@ class ModelConfig:
             raise UserError(f"table_init_std is {self.table_init_std}; it must be positive")
 
 
+def table_specs(cfg: ModelConfig, *, num_items: int, num_actions: int, layout: str) -> tuple[TableSpec, ...]:
+    """The tables of a model of a log with so many items and kinds of action."""
+    specs = [TableSpec("item", num_items, cfg.dim, cfg.table_init_std)]
+    if layout != "items":
+        specs.append(TableSpec("action", num_actions, cfg.dim, cfg.table_init_std))
+    return tuple(specs)
+
+
 class RetrievalModel(nn.Module):
     """Predicts the next item from a user's history.
 
@@ -55,17 +64,23 @@ class RetrievalModel(nn.Module):
         num_actions: Kinds of action; 0 where the layout does not use them.
         layout: ``items``, ``interleaved`` or ``added``.
         max_tokens: Longest row the layout writes.
+        make_tables: Makes the tables of their specs.
     """
 
     def __init__(
-        self, cfg: ModelConfig, objective: Any, *, num_items: int, num_actions: int, layout: str, max_tokens: int
+        self,
+        cfg: ModelConfig,
+        objective: Any,
+        *,
+        num_items: int,
+        num_actions: int,
+        layout: str,
+        max_tokens: int,
+        make_tables: Callable[[tuple[TableSpec, ...]], Any] = LocalTables,
     ) -> None:
         super().__init__()
         self.cfg, self.num_items, self.num_actions, self.layout = cfg, num_items, num_actions, layout
-        specs = [TableSpec("item", num_items, cfg.dim, cfg.table_init_std)]
-        if layout != "items":
-            specs.append(TableSpec("action", num_actions, cfg.dim, cfg.table_init_std))
-        self.tables = LocalTables(tuple(specs))
+        self.tables = make_tables(table_specs(cfg, num_items=num_items, num_actions=num_actions, layout=layout))
         self.preprocessor = Preprocessor(cfg.preprocessor, cfg.dim, max_tokens, layout)
         self.encoder = build(ENCODERS, cfg.encoder, cfg.dim, max_tokens)
         self.similarity = Similarity(cfg.similarity)
@@ -80,14 +95,16 @@ class RetrievalModel(nn.Module):
         owned = {id(p) for p in self.table_parameters()}
         return [p for p in self.parameters() if id(p) not in owned]
 
-    def encode(self, batch: JaggedBatch, extra: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def encode(
+        self, batch: JaggedBatch, extra: dict[str, Tensor] | None = None, full_softmax: tuple[str, ...] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Output vectors (T, D), and the vectors of ``extra`` item ids from the same look-up."""
         wanted = {"token": batch.tokens["item_id"], **(extra or {})}
         flat = torch.cat([ids.reshape(-1) for ids in wanted.values()])
         request = {"item": flat}
         if self.layout != "items":
             request["action"] = batch.tokens["action"]
-        looked_up = self.tables(request)
+        looked_up = self.tables(request, full_softmax)
         parts = looked_up["item"].split([ids.numel() for ids in wanted.values()])
         vectors = {name: part.view(*ids.shape, -1) for (name, ids), part in zip(wanted.items(), parts, strict=True)}
         inputs = {"item": vectors.pop("token")}
@@ -115,7 +132,7 @@ class RetrievalModel(nn.Module):
             if drawn.dim() == 2 and drawn.numel() >= self.num_items:
                 drawn = torch.arange(self.num_items, device=drawn.device)
             extra = {"label": labels.item_id, "negative": drawn}
-        encoded, vectors = self.encode(batch, extra)
+        encoded, vectors = self.encode(batch, extra, () if extra else ("item",))
         query = self.similarity.query(encoded[labels.position])
         vectors = {name: self.similarity.item(vector) for name, vector in vectors.items()}
         total = self._objective(self, query, vectors, batch)
@@ -158,6 +175,20 @@ class RetrievalModel(nn.Module):
                 return self.logits(query, item_range)
 
         return score
+
+    @torch.no_grad()
+    def own_scorer(self) -> tuple[tuple[int, int], Callable[[Tensor, tuple[int, int]], Tensor]]:
+        """With sharded tables: the items (lo, hi) that this process scores, and the function that does.
+
+        A collective; the function is none: ``(queries (S, D) of any process, item_range within) -> (S, ...)`` scores.
+        """
+        lo, hi = self.tables.own_range("item")
+        vectors = self.similarity.item(self.tables.own_vectors("item"))
+
+        def score(query: Tensor, item_range: tuple[int, int]) -> Tensor:
+            return (query * self.similarity.scale) @ vectors[item_range[0] - lo : item_range[1] - lo].T
+
+        return (lo, hi), score
 
     @torch.no_grad()
     def scores(self, batch: JaggedBatch, item_range: tuple[int, int]) -> Tensor:

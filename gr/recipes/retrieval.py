@@ -25,17 +25,19 @@ from gr.evaluation.baselines import LABELS
 from gr.evaluation.metrics import means, summarise
 from gr.evaluation.ranking import Ranks, masked_events, rank_targets, seen_mask
 from gr.evaluation.saved_ranks import load_ranks, save_ranks
+from gr.evaluation.sharded_ranking import rank_by_shards
 from gr.evaluation.significance import compare
 from gr.evaluation.tuning import tune_all
 from gr.models.retrieval import RetrievalModel
 from gr.recipes.stage import Stage, Stopped, run_stage
 from gr.report.report import write_report
 from gr.training.assemble import assemble, eval_loader, open_data, sample_targets, train_loader
-from gr.training.checkpoint import load_torch, write_json
+from gr.training.checkpoint import write_json
 from gr.training.phase import Phase
 from gr.training.run_config import RunConfig
 from gr.training.run_folder import RunFolder, claim
 from gr.training.trainer import Trainer
+from gr.training.weights import load_weights
 
 Work = Callable[[Path], Mapping[str, Any]]
 RANKS = "ranks_test.parquet"
@@ -53,7 +55,7 @@ def run(config: RunConfig, ctx: ProcessContext, argv: Sequence[str] | None = Non
         UserError: Bad input, or a run folder of another config or another log.
     """
     store, split = open_data(config)
-    _check(config, store, split)
+    _check(config, store, split, ctx)
     folder = RunFolder(Path(config.runs) / config.name)
     key = {"config": config_hash(config), "data": store.manifest["content_hash"]}
     _check_alike(ctx, folder.path, key)
@@ -79,9 +81,9 @@ def run(config: RunConfig, ctx: ProcessContext, argv: Sequence[str] | None = Non
     return results
 
 
-def _check(config: RunConfig, store: EventStore, split: Split) -> None:
+def _check(config: RunConfig, store: EventStore, split: Split, ctx: ProcessContext) -> None:
     """What can be known to fail later is refused before a run folder is made."""
-    assemble(config, store, split)
+    assemble(config, store, split, ctx)
     if split.valid is None and config.train.early_stopping is not None:
         raise UserError(
             f"split {config.split.kind!r} has no validation targets, which train.early_stopping needs; "
@@ -116,6 +118,8 @@ def rank(
     """Ranks of all targets, computed by all ranks together, or by this one ``alone``."""
     worker = ProcessContext(device=ctx.device) if alone else ctx
     loader = eval_loader(config, store, targets, worker)
+    if isinstance(recommender, RetrievalModel) and recommender.tables.sharded:
+        return rank_by_shards(recommender, loader, config.evaluation.mask_seen, ctx)
     device = ctx.device if isinstance(recommender, RetrievalModel) else None
     gather = None if worker.world == 1 else partial(all_gather_object, ctx=ctx)
     return rank_targets(recommender, loader, config.evaluation.mask_seen, device=device, gather=gather)
@@ -132,7 +136,7 @@ def _train(
             return means(rank(config, ctx, store, targets, model), config.evaluation.ks)
 
     trainer = Trainer(
-        assemble(config, store, split),
+        assemble(config, store, split, ctx),
         [Phase("train")],
         train_loader(config, store, split, ctx),
         validate,
@@ -173,10 +177,11 @@ def _evaluate(
     counted: dict[str, Any],
     _: Path,
 ) -> dict[str, Any]:
-    model = assemble(config, store, split).to(ctx.device)
-    model.load_state_dict(load_torch(folder.best, ctx.device)["model"])
+    model = assemble(config, store, split, ctx).to(ctx.device)
+    load_weights(model, folder.best, ctx.device, ctx)
     model.eval()
     ranks = rank(config, ctx, store, split.test, model)
+    shown = examples(config, store, split.test, model, ctx)
     if not ctx.is_main:
         return {}
     save_ranks(ranks, folder.path / RANKS)
@@ -208,7 +213,7 @@ def _evaluate(
         "model": {
             "label": label,
             "parameters_dense": sum(p.numel() for p in model.dense_parameters()),
-            "parameters_tables": sum(p.numel() for p in model.table_parameters()),
+            "parameters_tables": model.tables.num_parameters,
             **trained,
         },
         "metrics": metrics,
@@ -217,7 +222,7 @@ def _evaluate(
         "baseline_grids": {kind: found["grid"] for kind, found in counted.items()},
         "comparison": against_the_best(label, by_label),
         "audit": [finding.to_dict() for finding in findings],
-        "examples": examples(config, store, split.test, model, ctx),
+        "examples": shown,
     }
     write_json(folder.results, results)
     return results

@@ -12,6 +12,7 @@ from gr.data.prepare import prepare
 from gr.data.split import Split, Targets, make_split
 from gr.data.store import EventStore
 from gr.distributed.process import ProcessContext
+from gr.distributed.tables import make_tables
 from gr.models.retrieval import RetrievalModel
 from gr.training.run_config import RunConfig
 
@@ -22,8 +23,15 @@ def open_data(config: RunConfig, cache: str | None = None) -> tuple[EventStore, 
     return store, make_split(config.split, store)
 
 
-def assemble(config: RunConfig, store: EventStore, split: Split) -> RetrievalModel:
+def assemble(config: RunConfig, store: EventStore, split: Split, ctx: ProcessContext | None = None) -> RetrievalModel:
     """The model with its first weights, a function of ``config.seed`` only.
+
+    Args:
+        config: The run.
+        store: Its log.
+        split: What is held out of it.
+        ctx: Among whom tables are divided, if the config shards them: a collective then. ``None``: this process alone,
+            which holds all of them.
 
     Raises:
         UserError: The layout or the encoder needs a column that the log lacks.
@@ -38,6 +46,7 @@ def assemble(config: RunConfig, store: EventStore, split: Split) -> RetrievalMod
             num_actions=store.num_actions,
             layout=config.layout.kind,
             max_tokens=config.layout.max_tokens,
+            make_tables=make_tables(config.distributed.tables, ctx or ProcessContext()),
         )
     if getattr(model.encoder, "needs_times", False):
         store.require_times("the encoder's time bias")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -108,14 +109,28 @@ def load_torch(path: Path, device: torch.device | str = "cpu") -> Any:
 
 
 def save_checkpoint(folder: Path, step: int, payload: dict[str, Any], keep_last: int) -> Path:
-    """Writes ``step-XXXXXXXX.pt``, points ``last.json`` at it, removes all but the ``keep_last`` newest."""
+    """Writes ``step-XXXXXXXX.pt``, points ``last.json`` at it, removes all but the ``keep_last`` newest.
+
+    The folders ``step-XXXXXXXX.tables`` of those removed go with them.
+    """
     path = folder / f"step-{step:08d}.pt"
     seen = save_torch(path, payload)
     write_json(folder / POINTER, {"step": step, "file": path.name, **seen})
     for old in _all_checkpoints(folder)[:-keep_last]:
         if old != path:
             old.unlink(missing_ok=True)
+    named = {p.stem for p in _all_checkpoints(folder)}
+    for tables in folder.glob("step-*.tables*"):
+        if tables.name.partition(".")[0] not in named:
+            shutil.rmtree(tables, ignore_errors=True)
     return path
+
+
+def remove_folders(parent: Path, pattern: str, keep: str) -> None:
+    """Removes the folders of a pattern but one."""
+    for path in parent.glob(pattern):
+        if path.name != keep:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def find_checkpoint(folder: Path) -> Path | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from gr.config import OneOf, check_name, runtime
+from gr.config import OneOf, check_name, runtime, unhashed_default
 from gr.data.layout import LayoutConfig
 from gr.data.planted import PlantedConfig
 from gr.data.sources import SOURCES
 from gr.data.split import SPLITS, LeaveOneOutConfig
+from gr.distributed.config import DistributedConfig
 from gr.errors import UserError
 from gr.evaluation.baselines import BASELINES
 from gr.evaluation.metrics import metric_names
@@ -65,6 +66,7 @@ class RunConfig:
         objective: The loss and its negatives.
         train: Optimizer, schedule, length, checkpoints.
         evaluation: How the model is judged.
+        distributed: Sharded tables, and what lets tables be sharded.
         runs: Folder of run folders.
         cache: Folder of prepared data.
         device: ``auto`` is CUDA where there is one.
@@ -81,6 +83,7 @@ class RunConfig:
     objective: Annotated[Any, OneOf(OBJECTIVES)] = field(default_factory=FullSoftmaxConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    distributed: DistributedConfig = unhashed_default(DistributedConfig())
     runs: str = runtime("runs")
     cache: str = runtime("cache")
     device: Literal["auto", "cpu", "cuda"] = runtime("auto")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ def run_step(
     clip_norm: float | None,
     bf16: bool,
     step_cost=None,
+    tables=None,
 ) -> StepResult:
     """Backward over the micro-batches, then one update.
 
@@ -72,6 +74,8 @@ def run_step(
         clip_norm: Largest gradient norm, or ``None``.
         bf16: Whether matrix products run in bfloat16.
         step_cost: ``batch -> StepCost`` with tokens, pairs, forward_flops; ``None``: only tokens are counted.
+        tables: Tables that own their optimizer, with this step's learning rate set, or ``None``. They may learn during
+            the backward pass, so the global weight is asked for before it, and there is one micro-batch.
 
     Returns:
         Sums and norm, still on the device.
@@ -90,34 +94,38 @@ def run_step(
         flops += cost.forward_flops if cost else 0
         batch = batch.to(device) if device.type != "cpu" else batch
         # The last micro-batch's forward and backward both belong to the reducing pass.
-        if number + 1 < num_batches:
-            with no_sync(model):
-                losses = _forward_backward(model, phase, batch, context, device, bf16)
-        else:
-            losses = _forward_backward(model, phase, batch, context, device, bf16)
+        with no_sync(model) if number + 1 < num_batches else contextlib.nullcontext():
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                losses = phase.objective(model, batch, context)
+            if tables is None:
+                losses.total.backward()
+            else:
+                assert num_batches == 1, "tables that own their optimizer learn at every backward pass"
+                weight = all_reduce_sum(losses.weight.detach().double().clone(), ctx)
+                (losses.total * _scale(weight, ctx).to(losses.total.dtype)).backward()
         names = tuple(sorted(losses.parts))
         scalars = [losses.total, losses.weight, *(losses.parts[name] for name in names)]
         packed = torch.stack([torch.as_tensor(s, device=device).detach().double() for s in scalars])
         sums = packed if sums is None else sums + packed
     assert sums is not None, "a step needs a batch"
     all_reduce_sum(sums, ctx)
-    # Data parallelism averages over ranks; the sum is wanted. A step without any weight keeps its zero
-    # gradient.
-    scale = ctx.world / torch.where(sums[1] > 0, sums[1], 1.0)
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups if tables is None else ():
         grads = [p.grad for p in group["params"] if p.grad is not None]
         if grads:
-            torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+            torch._foreach_mul_(grads, _scale(sums[1], ctx).to(grads[0].dtype))
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None])
     grad_norm = grad_norm.to(device)
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(dense, clip_norm, grad_norm)
     optimizer.step()
+    if tables is not None:
+        tables.update()
     return StepResult(sums, names, grad_norm, tokens, pairs, flops)
 
 
-def _forward_backward(model, phase, batch, context, device, bf16):
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        losses = phase.objective(model, batch, context)
-    losses.total.backward()
-    return losses
+def _scale(weight: Tensor, ctx: ProcessContext) -> Tensor:
+    """() what gradients are multiplied by, given the weight of all ranks.
+
+    Data parallelism averages over ranks; the sum is wanted. A step without any weight keeps its zero gradient.
+    """
+    return ctx.world / torch.where(weight > 0, weight, 1.0)

@@ -28,7 +28,7 @@ from gr.distributed.dense import wrap
 from gr.distributed.process import ProcessContext, broadcast_object, main_only_errors, sum_integers
 from gr.errors import Diverged, UserError
 from gr.kernels.native import has_bf16_units
-from gr.training.checkpoint import find_checkpoint, load_torch, save_checkpoint, save_torch
+from gr.training.checkpoint import find_checkpoint, load_torch
 from gr.training.config import TrainConfig
 from gr.training.log import MetricsLog
 from gr.training.optimizer import make_optimizer, set_lr, split_parameters
@@ -40,6 +40,7 @@ from gr.training.schedule import check_schedule, lr_factor
 from gr.training.signals import Interrupted, StopSignal
 from gr.training.state import Best, Counts, TrainState
 from gr.training.step import StepResult, run_step
+from gr.training.weights import find_together, load_weights, own_tables, restore, save_best, save_step
 
 FORMAT = 1
 _SYNC_EVERY_STEPS = 16
@@ -143,6 +144,8 @@ class Trainer:
         assert phases, "training needs a phase"
         if config.early_stopping is not None and evaluate is None:
             raise UserError("early_stopping is set but the split has no validation targets; set early_stopping: null")
+        if own_tables(model) is not None:
+            _check_own_tables(model.tables, config)
         self.model = model.to(ctx.device)
         self.phases = list(phases)
         self.loader = loader
@@ -246,6 +249,10 @@ class Trainer:
         if state.phase_step == 0 and phase.hooks.before_phase is not None:
             phase.hooks.before_phase(self.model)
         dense, tables = split_parameters(self.model, chosen)
+        if own_tables(self.model) is not None:
+            tables = []
+            if not dense:
+                raise UserError(f"phase {phase.name} trains tables alone; tables that own their optimizer need others")
         optimizer = make_optimizer(dense, tables, config.optimizer)
         if self._optimizer_state is not None:
             optimizer.load_state_dict(self._optimizer_state)
@@ -304,7 +311,11 @@ class Trainer:
     def _step(self, run: _PhaseRun, batches: Iterator[JaggedBatch], num_batches: int) -> None:
         state, config = self.state, self.config
         context = StepContext(state.step, self.seed, state.epoch, run.phase.name)
-        set_lr(run.optimizer, lr_factor(state.phase_step, run.total_steps, config.schedule))
+        factor = lr_factor(state.phase_step, run.total_steps, config.schedule)
+        set_lr(run.optimizer, factor)
+        tables = own_tables(self.model)
+        if tables is not None:
+            tables.set_lr_factor(factor)
         try:
             result = run_step(
                 run.model,
@@ -318,6 +329,7 @@ class Trainer:
                 clip_norm=config.clip_norm,
                 bf16=config.precision == "bf16",
                 step_cost=getattr(self.model, "step_cost", None),
+                tables=tables,
             )
         except torch.OutOfMemoryError:
             raise UserError(
@@ -435,36 +447,25 @@ class Trainer:
 
     def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
         assert not self._pending, "steps must be checked before they are saved"
-        with main_only_errors(self.ctx) as main:
-            if main:
-                payload = {
-                    "format": FORMAT,
-                    "fingerprint": self._fingerprint,
-                    "model": self.model.state_dict(),
-                    "optimizer": None if optimizer is None else optimizer.state_dict(),
-                    "state": self.state.to_dict(),
-                }
-                save_checkpoint(self.folder.checkpoints, self.state.step, payload, self.config.keep_last)
+        payload = {
+            "format": FORMAT,
+            "fingerprint": self._fingerprint,
+            "optimizer": None if optimizer is None else optimizer.state_dict(),
+            "state": self.state.to_dict(),
+        }
+        save_step(self.model, self.folder.checkpoints, self.state.step, payload, self.config.keep_last, self.ctx)
 
     def _save_best(self) -> None:
-        with main_only_errors(self.ctx) as main:
-            if main:
-                best = self.state.best
-                payload = {"model": self.model.state_dict(), "step": best.step, "metrics": best.metrics}
-                save_torch(self.folder.best, payload)
+        save_best(self.model, self.folder.best, self.state.best.step, self.state.best.metrics, self.ctx)
 
     def _load_best(self) -> None:
         finished = self.state.phase >= len(self.phases)
         if finished and not broadcast_object(self.folder.best.exists(), self.ctx):
             self._save_best()  # removed by hand; a finished run's last checkpoint holds the same weights
-        load_weights(self.model, self.folder.best, self.ctx.device)
+        load_weights(self.model, self.folder.best, self.ctx.device, self.ctx)
 
     def _resume(self) -> None:
-        path: Path | None = None
-        with main_only_errors(self.ctx) as main:
-            if main:
-                path = find_checkpoint(self.folder.checkpoints)
-        path = broadcast_object(path, self.ctx)
+        path = find_together(lambda: find_checkpoint(self.folder.checkpoints), self.ctx)
         if path is None:
             self.state = TrainState()
             return
@@ -475,7 +476,7 @@ class Trainer:
             raise UserError(
                 f"checkpoint {path} was made with other training settings, seed or phases; choose another run folder"
             )
-        _load_state(self.model, payload["model"], path)
+        restore(self.model, payload, path, self.ctx, sums=True)
         self._optimizer_state = payload["optimizer"]
         self.state = TrainState.from_dict(payload["state"])
         if self.state.phase < len(self.phases):
@@ -494,30 +495,14 @@ class Trainer:
         )
 
 
-def load_weights(model: nn.Module, path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Loads ``best.pt`` (or a checkpoint) into a model.
-
-    Returns:
-        {"step", "metrics"} of these weights.
-
-    Raises:
-        UserError: Missing, damaged, or of another model.
-    """
-    payload = load_torch(path, device)
-    if not isinstance(payload, dict) or not isinstance(payload.get("model"), dict):
-        raise UserError(f"{path} holds no model weights; delete it and run gr-train again")
-    _load_state(model, payload["model"], path)
-    return {"step": payload.get("step"), "metrics": payload.get("metrics")}
-
-
-def _load_state(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
+def _check_own_tables(tables: Any, config: TrainConfig) -> None:
+    if config.accumulate > 1:
         raise UserError(
-            f"checkpoint {path} is of another model ({reason}); use the config it was trained with"
-        ) from None
+            f"train.accumulate is {config.accumulate}, but distributed.tables.optimizer.kind is "
+            f"{tables.config.optimizer.kind!r}, which learns at every backward pass; it must be 1"
+        )
+    if tables.sharded and config.compile:
+        raise UserError("train.compile is true, but the look-up in sharded tables cannot be compiled; set it to false")
 
 
 @contextlib.contextmanager

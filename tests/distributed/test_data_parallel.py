@@ -23,6 +23,7 @@ from gr.distributed.process import (
 )
 from gr.errors import UserError
 from gr.training.config import EarlyStoppingConfig
+from left_behind import thread_names
 from tiny_training import TinyLoader, TinyModel, same, tiny_config, tiny_trainer, weights
 
 
@@ -117,7 +118,10 @@ def worker(rank: int, world: int, folder: str) -> None:
             raise AssertionError("the save must fail")
         except UserError as error:
             assert "cannot be saved" in str(error), error
-        (path / f"finished-{rank}").touch()
+        assert [name for name in thread_names() if "gloo" in name]
+    # A group that lives on until the interpreter ends may take the process down with it.
+    assert not [name for name in thread_names() if "gloo" in name]
+    (path / f"finished-{rank}").touch()
 
 
 @pytest.fixture(scope="module")

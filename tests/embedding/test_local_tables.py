@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gr.embedding.local import LocalTables, TableSpec
+from gr.embedding.local import LocalTables
+from gr.embedding.spec import TableSpec
 
 
 def tables():

@@ -150,7 +150,7 @@ class HashedTables(nn.Module):
         self.small = nn.Parameter(torch.randn(97, dim))
         self.asked = []
 
-    def forward(self, ids):
+    def forward(self, ids, full_softmax=()):
         self.asked.append(ids["item"].clone())
         return {name: self.small[rows % 97] for name, rows in ids.items()}
 

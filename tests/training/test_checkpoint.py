@@ -10,7 +10,7 @@ from torch import nn
 
 from gr.errors import UserError
 from gr.training.checkpoint import find_checkpoint, load_torch, save_checkpoint, write_atomic
-from gr.training.trainer import load_weights
+from gr.training.weights import load_weights
 from tiny_training import TinyModel, tiny_config, tiny_trainer
 
 

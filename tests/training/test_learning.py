@@ -15,7 +15,7 @@ from gr.training.config import EarlyStoppingConfig, OptimizerConfig, ScheduleCon
 from gr.training.optimizer import make_optimizer, split_parameters
 from gr.training.phase import Phase, StepContext
 from gr.training.step import run_step
-from gr.training.trainer import load_weights
+from gr.training.weights import load_weights
 from tiny_training import TinyLoader, TinyModel, same, tiny_config, tiny_trainer, weights
 
 
