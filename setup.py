@@ -58,6 +58,7 @@ setup(
             "gr-compare=gr.compare:cli",
             "gr-recommend=gr.inference.cli:cli",
             "gr-launch=gr.launch.cli:cli",
+            "gr-plan=gr.launch.plan:cli",
             "gr-scaling=gr.scaling.cli:cli",
         ]
     },

@@ -8,6 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+STOPPED = 3
+"""Exit status: asked to stop, saved; the same command goes on. Launchers and schedulers read it."""
+LOST = 4
+"""Exit status: another process of this run, or the way to it, is gone; to be started again from the last checkpoint."""
+
 
 class UserError(ValueError):
     """A mistake the user can mend: names the file, field or value and says what would be right."""
@@ -15,6 +20,10 @@ class UserError(ValueError):
 
 class Diverged(UserError):
     """Training met a loss or a gradient that is not finite."""
+
+
+class PeerLost(RuntimeError):
+    """Another process of this run no longer answers. Nobody's mistake: a launcher starts all of them again."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +41,8 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
         argv: Arguments; defaults to ``sys.argv[1:]``.
 
     Returns:
-        The process exit status: 0 done, 2 for a user's mistake, 130 for Ctrl-C. Other exceptions keep their traceback.
+        The process exit status: 0 done, 2 for a user's mistake, 4 where other processes are gone, 130 for Ctrl-C. Other
+        exceptions keep their traceback.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
@@ -40,6 +50,9 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
         rank = os.environ.get("RANK", "0")  # other ranks mostly repeat what rank 0 says, but not always
         print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
         return 2
+    except PeerLost as error:
+        print(f"[rank {os.environ.get('RANK', '0')}] {error}", file=sys.stderr, flush=True)
+        return LOST
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         return 130

@@ -1,33 +1,84 @@
-"""``gr-launch torchrun``: one machine, N processes, through torch's own elastic launcher."""
+"""``gr-launch torchrun``: one machine or several, through torch's own elastic launcher."""
 
 from __future__ import annotations
 
-import re
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from gr.distributed.network import address_towards, check_port_free, check_reachable, interface_of, split_endpoint
 from gr.errors import UserError
-from gr.train import STATUS_VARIABLE
+from gr.launch.run import Command
 
 MODULE = "gr.train"
-OF_TORCHRUN = re.compile(r"[WE]\d{4} .*torch/distributed/|Traceback \(most recent call last\)")
 
 
 @dataclass(frozen=True)
-class Command:
-    """What is to be run: arguments, program first, and the whole environment."""
+class Nodes:
+    """Machines that train together; this one among them.
 
-    argv: tuple[str, ...]
-    env: Mapping[str, str]
+    Attributes:
+        count: ``N``, or ``MIN:MAX`` for a run that goes on with fewer.
+        rank: Of this machine; number 0 keeps the meeting place.
+        endpoint: ``HOST:PORT`` of number 0.
+        wait_s: How long the others wait for it to listen.
+        survive_s: The longest cut of the network that launchers outlast; their workers start again after it.
+    """
+
+    count: str = "1"
+    rank: int = 0
+    endpoint: str = ""
+    wait_s: float = 20.0
+    survive_s: float = 300.0
+
+    @property
+    def least(self) -> int:
+        """Fewest machines."""
+        return int(self.count.partition(":")[0])
+
+    @property
+    def most(self) -> int:
+        """Most machines."""
+        return int(self.count.rpartition(":")[2])
+
+    def check(self) -> None:
+        """Refuses what cannot be meant.
+
+        Raises:
+            UserError: As said.
+        """
+        parts = self.count.split(":")
+        if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts) or self.least > self.most:
+            raise UserError(f"--nnodes {self.count}: must be a number of machines, or MIN:MAX")
+        if self.most > 1 and not self.endpoint:
+            raise UserError(f"--nnodes {self.count} needs --rdzv HOST:PORT, where number 0 listens")
+        if not 0 <= self.rank < self.most:
+            raise UserError(f"--node-rank {self.rank}: must be at least 0 and below --nnodes {self.count}")
+
+    def meet(self) -> None:
+        """Sees that the meeting place can serve, or waits for it.
+
+        Raises:
+            UserError: Its port is in use on number 0, or it cannot be reached from another one.
+        """
+        if self.most > 1:
+            host, port = split_endpoint(self.endpoint)
+            if self.rank == 0:
+                check_port_free(port)
+            else:
+                check_reachable(host, port, self.wait_s)
 
 
 def build(
-    config: str, overrides: Sequence[str], *, nproc: int, cores: int, env: Mapping[str, str], python: str = ""
+    config: str,
+    overrides: Sequence[str],
+    *,
+    nproc: int,
+    cores: int,
+    env: Mapping[str, str],
+    python: str = "",
+    max_restarts: int = 0,
+    nodes: Nodes = Nodes(),
 ) -> Command:
     """Builds the command; starts nothing.
 
@@ -38,15 +89,54 @@ def build(
         cores: CPU cores of this machine. Left alone, every process would open a thread pool over all of them.
         env: Environment to extend; an OMP_NUM_THREADS in it is kept.
         python: Interpreter; the running one by default.
+        max_restarts: How often all workers are started again when one is lost.
+        nodes: The machines.
 
     Raises:
-        UserError: ``nproc`` is less than one.
+        UserError: ``nproc`` is less than one, or machines that cannot be.
+    """
+    check_counts(nproc, max_restarts)
+    nodes.check()
+    launcher = [python or sys.executable, "-m", "torch.distributed.run"]
+    more = dict(threads(nproc, cores))
+    if nodes.most == 1:
+        launcher.append("--standalone")
+    else:
+        host, port = split_endpoint(nodes.endpoint)
+        address = address_towards(host, port)
+        # is_host: torchrun compares the endpoint with its own host name, which containers share. --local-addr: else the
+        # workers look for each other under that name. The timeouts are how long agents outlast a cut of the network.
+        launcher += [
+            f"--nnodes={nodes.count}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={nodes.endpoint}",
+            f"--local-addr={address}",
+            f"--rdzv-conf=is_host={int(nodes.rank == 0)},timeout={nodes.survive_s:g},read_timeout={nodes.survive_s:g}",
+        ]
+        interface = interface_of(address)
+        if interface is not None:  # gloo asks the host name, too
+            more["GLOO_SOCKET_IFNAME"] = interface
+    launcher.append(f"--nproc-per-node={nproc}")
+    if max_restarts:
+        launcher.append(f"--max-restarts={max_restarts}")
+    return Command((*launcher, "-m", MODULE, config, *overrides), {**more, **env})
+
+
+def check_counts(nproc: int, max_restarts: int) -> None:
+    """Refuses numbers that no launcher could serve.
+
+    Raises:
+        UserError: As said.
     """
     if nproc < 1:
         raise UserError(f"--nproc {nproc}: the number of processes must be 1 or more")
-    launcher = (python or sys.executable, "-m", "torch.distributed.run", "--standalone")
-    argv = (*launcher, f"--nproc-per-node={nproc}", "-m", MODULE, config, *overrides)
-    return Command(argv, {"OMP_NUM_THREADS": str(max(1, cores // nproc)), **env})
+    if max_restarts < 0:
+        raise UserError(f"--max-restarts {max_restarts}: must be 0 or more")
+
+
+def threads(nproc: int, cores: int) -> dict[str, str]:
+    """Each process its share of the cores."""
+    return {"OMP_NUM_THREADS": str(max(1, cores // nproc))}
 
 
 def default_nproc() -> int:
@@ -54,39 +144,3 @@ def default_nproc() -> int:
     import torch
 
     return torch.cuda.device_count() or 1
-
-
-def execute(command: Command) -> int:
-    """Runs the command to its end and returns what the training command itself returned.
-
-    torchrun ends every failure of a worker, a user's mistake included, and every stop by a signal with a traceback of
-    its own and status 1. Rank 0 therefore leaves its own status in a file: where it did, that status is returned, and
-    what torchrun has to say of it is not shown. A signal is handed on once, and the workers save.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        status = Path(folder) / "status"
-        child = subprocess.Popen(
-            command.argv,
-            env={**command.env, STATUS_VARIABLE: str(status)},
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # else the terminal sends Ctrl-C to the workers as well, and they get it twice
-        )
-
-        def hand_on(number: int, _: object) -> None:
-            child.send_signal(signal.SIGTERM)
-
-        before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            assert child.stderr is not None
-            quiet = False
-            for line in child.stderr:
-                quiet = quiet or (status.exists() and OF_TORCHRUN.match(line) is not None)
-                if not quiet:
-                    print(line, end="", file=sys.stderr, flush=True)
-            returned = child.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return int(status.read_text()) if status.exists() else returned

@@ -18,6 +18,7 @@ HOMES = {
     "gr-compare": "gr.compare",
     "gr-recommend": "gr.inference.cli",
     "gr-launch": "gr.launch.cli",
+    "gr-plan": "gr.launch.plan",
     "gr-scaling": "gr.scaling.cli",
 }
 """The module that holds each command's ``cli``."""

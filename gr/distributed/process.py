@@ -12,6 +12,7 @@ import datetime
 import gc
 import importlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +20,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gr.errors import UserError
+from gr.distributed.network import check_port_free, check_reachable
+from gr.errors import PeerLost, UserError
 
 _LIMB = 31
 """Integers cross ranks as two int64 limbs of this many low bits: FLOP counts of a large job exceed 2**63."""
+
+_MEETING_PATIENCE_S = 20.0
+"""How long a process waits for rank 0 to listen."""
+# How collectives tell of a peer that is gone: gloo and NCCL raise plain RuntimeErrors, the store DistErrors.
+_GONE = re.compile(r"gloo|nccl|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|socket", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ def start(
 ) -> ProcessContext:
     """Joins the group that torchrun announces (RANK, WORLD_SIZE, LOCAL_RANK), or stands alone.
 
+    A default process group that is there already (Ray Train makes one) is taken as it is.
+
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         timeout_s: After this long without an answer from the others a collective fails, in seconds.
@@ -65,7 +74,8 @@ def start(
         world: Overrides WORLD_SIZE.
 
     Raises:
-        UserError: Half a torchrun environment, an unknown device, or fewer GPUs than local processes.
+        UserError: Half a torchrun environment, an unknown device, fewer GPUs than local processes, rank 0's port in
+            use or, for a while, nobody there.
     """
     if rank is None or world is None:
         rank, world, local_rank = _from_environment()
@@ -82,14 +92,17 @@ def start(
         # Both backends on a GPU: host numbers (stop flags, counts) then travel without waiting for the
         # device.
         backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(
-            backend,
-            init_method=init_method or "env://",
-            rank=rank,
-            world_size=world,
-            timeout=datetime.timedelta(seconds=timeout_s),
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
+        if not dist.is_initialized():
+            if init_method is None:
+                _check_meeting_place(rank)
+            dist.init_process_group(
+                backend,
+                init_method=init_method or "env://",
+                rank=rank,
+                world_size=world,
+                timeout=datetime.timedelta(seconds=timeout_s),
+                device_id=chosen if chosen.type == "cuda" else None,
+            )
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
         # Nobody goes on before all are connected: one that found a user's mistake at once and left would have
         # another, still connecting, end in a traceback.
@@ -112,13 +125,37 @@ def finish(ctx: ProcessContext) -> None:
 
 @contextlib.contextmanager
 def process(device: str = "auto", **kwargs: Any) -> Iterator[ProcessContext]:
-    """``start`` on entry, ``finish`` on exit, whatever happened between; on success nobody leaves before the others."""
-    ctx = start(device, **kwargs)
+    """``start`` on entry, ``finish`` on exit, whatever happened between; on success nobody leaves before the others.
+
+    Raises:
+        PeerLost: In place of what a collective raises when another process is gone. The group is then left as it is:
+            ending it would wait for those who do not answer.
+    """
+    try:
+        ctx = start(device, **kwargs)
+    except RuntimeError as error:
+        raise _as_lost(error) from None
     try:
         yield ctx
         barrier(ctx)
-    finally:
+    except RuntimeError as error:
+        lost = _as_lost(error)
+        if ctx.world > 1 and isinstance(lost, PeerLost):
+            raise lost from error
         finish(ctx)
+        raise
+    except BaseException:
+        finish(ctx)
+        raise
+    finish(ctx)
+
+
+def _as_lost(error: RuntimeError) -> RuntimeError:
+    """A ``PeerLost`` if that is what the error of a collective means; else the error itself."""
+    if isinstance(error, PeerLost) or not (isinstance(error, dist.DistError) or _GONE.search(str(error))):
+        return error
+    reason = str(error).splitlines()[0].split("] ")[-1].strip()
+    return PeerLost(f"lost the other processes ({reason}); the same command goes on from the last checkpoint")
 
 
 def all_reduce_sum(tensor: torch.Tensor, ctx: ProcessContext) -> torch.Tensor:
@@ -188,6 +225,22 @@ def _from_environment() -> tuple[int, int, int]:
     if not 0 <= rank < world:
         raise UserError(f"environment variable RANK={rank} must be at least 0 and below WORLD_SIZE={world}")
     return rank, world, local_rank
+
+
+def _check_meeting_place(rank: int) -> None:
+    """One sentence in place of what torch's store says of a port in use or an address where nobody is."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return  # torchrun's own, and already there
+    if not host or not port.isdigit():
+        raise UserError(
+            f"environment variables MASTER_ADDR={host!r} and MASTER_PORT={port!r} must name where rank 0 listens, "
+            "as torchrun sets them"
+        )
+    if rank == 0:
+        check_port_free(int(port))
+    else:
+        check_reachable(host, int(port), _MEETING_PATIENCE_S)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -57,10 +57,12 @@ def run(config: RunConfig, ctx: ProcessContext, argv: Sequence[str] | None = Non
     store, split = open_data(config)
     _check(config, store, split, ctx)
     folder = RunFolder(Path(config.runs) / config.name)
+    key = {"config": config_hash(config), "data": store.manifest["content_hash"]}
+    _check_alike(ctx, folder.path, key)
     with main_only_errors(ctx) as main:
         if main:
             claim(folder.path, config, argv, store)
-    key = {"config": config_hash(config), "data": store.manifest["content_hash"]}
+    _check_shared(ctx, folder)
     fields = ("split", "layout", "evaluation")
     judging = {name: configs.to_dict(getattr(config, name)) for name in fields} | {"data": key["data"]}
 
@@ -86,6 +88,27 @@ def _check(config: RunConfig, store: EventStore, split: Split, ctx: ProcessConte
         raise UserError(
             f"split {config.split.kind!r} has no validation targets, which train.early_stopping needs; "
             "set train.early_stopping to null"
+        )
+
+
+def _check_alike(ctx: ProcessContext, path: Path, key: dict[str, str]) -> None:
+    """Refuses processes that were started with different things, before any of them writes."""
+    first, *others = all_gather_object({"run folder": str(path), **key}, ctx)
+    for rank, other in enumerate(others, 1):
+        for what, value in other.items():
+            if value != first[what]:
+                raise UserError(
+                    f"process {rank} has {what} {value} and process 0 has {first[what]}; "
+                    "start all processes with the same command, config file and data"
+                )
+
+
+def _check_shared(ctx: ProcessContext, folder: RunFolder) -> None:
+    blind = [rank for rank, sees in enumerate(all_gather_object(folder.config.exists(), ctx)) if not sees]
+    if blind:
+        raise UserError(
+            f"process {blind[0]} does not see run folder {folder.path}, which process 0 has made; "
+            "runs must be a folder that all machines share"
         )
 
 

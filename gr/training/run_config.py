@@ -70,6 +70,8 @@ class RunConfig:
         runs: Folder of run folders.
         cache: Folder of prepared data.
         device: ``auto`` is CUDA where there is one.
+        timeout_s: After so many seconds without an answer from the other processes a step counts as failed, and the
+            launcher starts all of them again. A few times the slowest step.
     """
 
     name: str = runtime("run")
@@ -85,11 +87,14 @@ class RunConfig:
     runs: str = runtime("runs")
     cache: str = runtime("cache")
     device: Literal["auto", "cpu", "cuda"] = runtime("auto")
+    timeout_s: float = runtime(600.0)
 
     def __post_init__(self) -> None:
         check_name(self.name, "run")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2**63")
+        if not 1 <= self.timeout_s <= 86_400:
+            raise UserError(f"timeout_s is {self.timeout_s}; it must be from 1 to 86400 seconds")
         stopping = self.train.early_stopping
         if stopping is not None and stopping.metric not in metric_names(self.evaluation.ks):
             raise UserError(

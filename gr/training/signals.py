@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C ask for a stop; the trainer decides when."""
+"""SIGTERM, SIGUSR1 (a scheduler's warning) and Ctrl-C ask for a stop; the trainer decides when."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ class Interrupted(Exception):
     """A stop was asked for inside ``StopSignal.interruptible``."""
 
 
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_open: list[StopSignal] = []
+
+
+def ask_to_stop(number: int = signal.SIGUSR1) -> None:
+    """What a signal does, for programs that train in a thread: there no signal arrives."""
+    for stop in _open:
+        stop.requested = number
+
+
 class StopSignal:
-    """While entered, SIGTERM and SIGINT set a flag instead of ending the process; a second SIGINT interrupts
+    """While entered, SIGTERM, SIGUSR1 and SIGINT set a flag instead of ending the process; a second SIGINT interrupts
     at once.
 
-    Outside the main thread (a notebook's executor) signals cannot be handled and the flag is never set.
+    Outside the main thread (a notebook's executor, a Ray worker) signals cannot be handled; ``ask_to_stop`` sets the
+    flag.
 
     Attributes:
         requested: Number of the signal received, 0 for none.
@@ -29,11 +40,13 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in ASKING:
                 self._previous[number] = signal.signal(number, self._handle)
+        _open.append(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
+        _open.remove(self)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

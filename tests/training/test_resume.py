@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from gr.errors import UserError
 from gr.training.checkpoint import find_checkpoint
 from gr.training.config import EarlyStoppingConfig
 from gr.training.phase import Hooks, Phase
+from gr.training.signals import ASKING, ask_to_stop
 from tiny_training import TinyLoader, TinyModel, same, tiny_config, tiny_trainer, weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,16 +100,30 @@ def test_a_finished_run_resumes_to_the_same_result_without_a_step(tmp_path):
     assert trainer.fit() == result and same(weights(trainer.model), expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path, capsys, number):
     config = tiny_config()
     expected, _, lines = undisturbed(tmp_path, config)
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    handlers = [signal.getsignal(n) for n in ASKING]
     loader = TinyLoader(event=at(1, 3, lambda: os.kill(os.getpid(), number)))
     stopped = tiny_trainer(tmp_path / "run", config, loader=loader).fit()
     assert stopped.status == "stopped" and 8 <= stopped.step < 16
     assert f"saved at step {stopped.step}; the same command resumes" in capsys.readouterr().out
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert [signal.getsignal(n) for n in ASKING] == handlers
+    trainer = tiny_trainer(tmp_path / "run", config)
+    assert trainer.fit().status == "done"
+    assert same(weights(trainer.model), expected) and deterministic_lines(tmp_path / "run") == lines
+
+
+def test_training_in_a_thread_stops_when_it_is_asked_to(tmp_path):
+    config = tiny_config()
+    expected, _, lines = undisturbed(tmp_path, config)
+    results = []
+    trainer = tiny_trainer(tmp_path / "run", config, loader=TinyLoader(event=at(1, 3, ask_to_stop)))
+    thread = threading.Thread(target=lambda: results.append(trainer.fit()))
+    thread.start()
+    thread.join()
+    assert results[0].status == "stopped" and 8 <= results[0].step < 16
     trainer = tiny_trainer(tmp_path / "run", config)
     assert trainer.fit().status == "done"
     assert same(weights(trainer.model), expected) and deterministic_lines(tmp_path / "run") == lines
