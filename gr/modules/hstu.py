@@ -62,7 +62,7 @@ class HSTUConfig:
         contextual_mask: Contextual tokens see each other and all history. The reference's shipped production
             model leaves this off, so there they are ordinary causal tokens.
         backend: Of the attention operator.
-        deterministic: The same bits in every run; on a GPU only the triton backend does, and without a bias.
+        deterministic: The same bits in every run; on a GPU only the triton backend does, and slower.
     """
 
     kind: str = "hstu"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gr.kernels.hstu_attention import RelativeBias, choose_backend, hstu_attention, op
+from gr.kernels.hstu_attention import RelativeBias, choose_backend, hstu_attention, op, triton_tiles
+from gr.kernels.hstu_attention.triton_tiles import Tile
 from hstu_cases import plain
 
 pytest.importorskip("triton")
@@ -29,18 +30,44 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_interpreted_kernels_are_the_definition():
+def interpreted(*options: str) -> str:
+    """Pytest's words on hstu_triton_interpreted.py."""
     file = str(HERE / "hstu_triton_interpreted.py")
-    told = run("-m", "pytest", "-q", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
-    assert " passed" in told and "skipped" not in told
+    return run("-m", "pytest", "-q", "-p", "no:cacheprovider", *options, file, TRITON_INTERPRET="1")
 
 
-def test_compiled_kernels_use_matrix_units_and_spill_nothing():
-    found = [json.loads(line) for line in run(str(HERE / "hstu_triton_compiled.py")).splitlines()]
-    assert len(found) == 24
-    for each in found:
-        assert each["stack"] == 0 and each["spills"] == 0 and each["products"] > 0, each
-        assert each["shared"] <= 163 * 1024, each
+@pytest.mark.timeout(900)
+def test_interpreted_kernels_are_the_definition():
+    told = interpreted()
+    assert " passed" in told and "failed" not in told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+def test_interpreted_kernels_are_the_definition_for_every_mask_with_every_bias():
+    told = interpreted("-m", "slow", "--timeout", "3600")
+    assert " passed" in told and "failed" not in told
+
+
+CHECK = """
+from benchmarks.kernels.compile import check
+from gr.kernels.hstu_attention.triton_tiles import Key, Tile, choose
+for architecture, kernel, dim, bias in (
+    (90, "forward", 128, False),
+    (80, "forward", 64, True),
+    (90, "backward", 64, False),
+    (80, "backward_packed", 64, False),
+):
+    key = Key(architecture, kernel, True, dim, bias)
+    print(check(key, choose(key)))
+print(check(Key(90, "backward", True, 128, False), Tile(128, 128, 4, 1)))
+"""
+
+
+def test_compiled_kernels_use_matrix_units_and_spill_nothing(tmp_path):
+    *right, wrong = run("-c", CHECK, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    assert right == ["[]"] * 4
+    assert "spills" in wrong
 
 
 def test_triton_is_taken_by_name_alone_and_refused_where_it_cannot_run(monkeypatch):
@@ -58,13 +85,43 @@ def test_triton_is_taken_by_name_alone_and_refused_where_it_cannot_run(monkeypat
         choose_backend("triton", "cuda")
 
 
-def test_deterministic_is_granted_on_a_gpu_without_a_bias_and_refused_with_one():
+def test_deterministic_is_granted_on_a_gpu_and_refused_of_the_reference():
     with FakeTensorMode():
         q, k, v = (torch.empty(6, 2, 16, device="cuda") for _ in range(3))
-        offsets, table = torch.tensor([0, 2, 6], device="cuda"), torch.empty(15, device="cuda")
-        plain_call = {"max_seq_len": 8, "divisor": 1.0, "alpha": 1.0, "deterministic": True, "backend": "triton"}
-        assert hstu_attention(q, k, v, offsets, **plain_call).shape == v.shape
-        with pytest.raises(ValueError, match="^deterministic must be False off the CPU with a bias"):
-            hstu_attention(q, k, v, offsets, **plain_call, bias=RelativeBias(position_table=table))
+        offsets, bias = torch.tensor([0, 2, 6], device="cuda"), RelativeBias(torch.empty(15, device="cuda"))
+        call = {"max_seq_len": 8, "divisor": 1.0, "alpha": 1.0, "deterministic": True, "bias": bias}
+        assert hstu_attention(q, k, v, offsets, **call, backend="triton").shape == v.shape
         with pytest.raises(ValueError, match="^deterministic must be False off the CPU for the reference"):
-            hstu_attention(q, k, v, offsets, **plain_call | {"backend": "reference"})
+            hstu_attention(q, k, v, offsets, **call, backend="reference")
+
+
+def test_a_users_tiles_are_looked_at_first_and_kept(tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv(triton_tiles.FILE_VARIABLE, str(path))
+    triton_tiles._user_table.cache_clear()
+    call = {"architecture": 90, "half": True, "dim": 50, "bias": False, "max_seq_len": 4000}
+    (key,) = triton_tiles.keys_of("forward", **call)
+    assert triton_tiles.choose(key) == triton_tiles.shipped()[replace(key, length=0)]
+    other = replace(key, kernel="backward")
+    triton_tiles.write({key: Tile(32, 64, 4, 1)}, path)
+    triton_tiles.write({other: Tile(16, 16, 4, 1)}, path)
+    assert triton_tiles.choose(key) == Tile(32, 64, 4, 1) and triton_tiles.choose(other) == Tile(16, 16, 4, 1)
+    assert triton_tiles.choose(replace(key, length=512)) == triton_tiles.shipped()[replace(key, length=0)]
+    path.write_text(path.read_text().replace("32", "33"))
+    with pytest.raises(ValueError, match="tiles.json must hold blocks of 16, 32, 64 or 128"):
+        triton_tiles.read(path)
+    triton_tiles._user_table.cache_clear()
+
+
+def test_a_call_launches_what_its_length_and_form_ask_for():
+    def kernels(direction: str, max_seq_len: int, **more: bool) -> list[str]:
+        call = {"architecture": 86, "half": True, "dim": 64, "bias": False, "max_seq_len": max_seq_len}
+        found = triton_tiles.keys_of(direction, **call, **more)
+        assert all(key.architecture == 80 for key in found)
+        return [key.kernel for key in found]
+
+    assert kernels("forward", 16) == ["forward_packed"] and kernels("backward", 16) == ["backward_packed"]
+    assert kernels("forward", 16, delta=True) == ["forward"]
+    assert kernels("backward", 16, delta=True) == kernels("backward", 512) == ["backward", "backward_query"]
+    assert kernels("backward", 4096) == ["backward"]
+    assert kernels("backward", 4096, deterministic=True) == ["backward", "backward_query"]
