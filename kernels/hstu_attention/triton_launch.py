@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from gr.kernels.hstu_attention import triton_kernels
+from gr.kernels.hstu_attention import triton_kernels, triton_tiles
 from gr.kernels.hstu_attention.time_buckets import edge_tensor
-from gr.kernels.hstu_attention.triton_tiles import LARGEST_DIM, Tile, choose
+from gr.kernels.hstu_attention.triton_tiles import LARGEST_DIM
 from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias
 
 
@@ -30,7 +31,7 @@ def backward(
     call = _Call(*arguments, **options)
     grad = _rows(grad.to(call.v.dtype))
     d_q, d_k, d_v = (t.new_empty(t.shape) for t in (call.q, call.k, call.v))
-    call.queries("query_gradient", grad, d_q)
+    call.queries("backward_query", grad, d_q)
     return (d_q, d_k, d_v, *call.keys(grad, d_k, d_v))
 
 
@@ -111,10 +112,10 @@ class _Call:
         if not out.numel():
             return
         tile = self._tile(name)
-        blocks = triton.cdiv(self.max_seq_len, tile.block_m)
+        blocks = triton.cdiv(self.max_seq_len, tile["BLOCK_M"])
         with _on(out):
             triton_kernels.query_kernel[(blocks * self.heads * self.rows,)](
-                grad=grad, out=out, num_blocks=blocks, **_strides(grad=grad, out=out), **self.common, **tile.options()
+                grad=grad, out=out, num_blocks=blocks, **_strides(grad=grad, out=out), **self.common, **tile
             )
 
     def keys(self, grad: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -123,13 +124,13 @@ class _Call:
             None if t is None else torch.zeros_like(t, dtype=torch.float64) for t in (self.position, self.time)
         )
         if d_k.shape[0]:
-            tile = self._tile("key_gradient")
-            blocks = triton.cdiv(self.max_seq_len, tile.block_n)
+            tile = self._tile("backward")
+            blocks = triton.cdiv(self.max_seq_len, tile["BLOCK_N"])
             with _on(d_k):
                 triton_kernels.key_kernel[(blocks * self.heads * self.rows,)](
                     grad=grad, d_k=d_k, d_v=d_v, num_blocks=blocks, d_time=d_time,
                     d_position=None if d_position is None else d_position[:, self.reach :],
-                    **_strides(grad=grad, d_k=d_k, d_v=d_v), **self.common, **tile.options(),
+                    **_strides(grad=grad, d_k=d_k, d_v=d_v), **self.common, **tile,
                 )  # fmt: skip
         if d_position is not None:
             table = self.bias.position_table
@@ -139,9 +140,23 @@ class _Call:
             d_time = d_time.to(self.bias.time_table.dtype).view(self.bias.time_table.shape)
         return d_position, d_time
 
-    def _tile(self, name: str) -> Tile:
-        dim = max(self.common["BLOCK_QK"], self.common["BLOCK_V"])
-        return choose(name, self.q.dtype != torch.float32, dim, self.position is not None or self.time is not None)
+    def _tile(self, kernel: str) -> dict[str, int]:
+        keys = triton_tiles.keys_of(
+            "forward" if kernel == "forward" else "backward",
+            architecture=triton_tiles.architecture(self.q.device),
+            half=self.q.dtype != torch.float32,
+            dim=max(self.q.shape[2], self.v.shape[2]),
+            bias=self.position is not None or self.time is not None,
+            max_seq_len=self.max_seq_len,
+            deterministic=True,
+        )
+        tile = triton_tiles.choose(replace(keys[0], kernel=kernel))
+        return {
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
 
 
 def _on(tensor: Tensor) -> AbstractContextManager:

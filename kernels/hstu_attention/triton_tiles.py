@@ -1,8 +1,32 @@
-"""Which tile each Triton kernel runs with: plain data, no triton. Chosen by compiling (no spills), not by measuring."""
+"""Which kernels a call launches and with which tile: plain data and look-ups, no triton.
+
+A tile is found by a :class:`Key`: in the user's own file, which a tuner writes, else in the shipped table. Shipped
+tiles were chosen by compiling (no spills, shared memory that fits), not by measuring. Whoever stands in for a GPU or
+tries tiles replaces :func:`architecture`, or works within :func:`forced`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ARCHITECTURES = (80, 90)
+KERNELS = ("forward", "forward_packed", "backward", "backward_query", "backward_packed")
+DIMS = (16, 32, 64, 128, 256)
+LENGTHS = (128, 512, 2048, 1 << 62)
+LARGEST_DIM = DIMS[-1]
+LARGEST_BLOCK = 128
+ATOMIC_FROM = 513
+"""From this length on dQ is added atomically: 10 bytes an element more (zeros, sums, conversion), two products less."""
+FILE_VARIABLE = "GR_HSTU_TILES"
 
 
 @dataclass(frozen=True)
@@ -10,8 +34,8 @@ class Tile:
     """What a kernel is compiled for.
 
     Attributes:
-        block_m: Queries of a tile, at most 128.
-        block_n: Keys of a tile, at most 128.
+        block_m: Queries of a tile, at most ``LARGEST_BLOCK``; of a packed kernel, tokens of a program.
+        block_n: Keys of a tile, at most ``LARGEST_BLOCK``; of a packed kernel the same as ``block_m``.
         num_warps: Warps of a program.
         num_stages: Stages of the loads' pipeline.
     """
@@ -21,34 +45,202 @@ class Tile:
     num_warps: int
     num_stages: int
 
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+
+@dataclass(frozen=True)
+class Key:
+    """What a tile is chosen by.
+
+    Attributes:
+        architecture: One of ``ARCHITECTURES``: the newest that is not above the device's own.
+        kernel: One of ``KERNELS``. "backward" makes dK and dV and, where no "backward_query" follows, adds dQ.
+        half: float16 or bfloat16, else float32.
+        dim: The larger of d_qk and d_v, padded: one of ``DIMS``.
+        bias: There is a position or a time table.
+        length: One of ``LENGTHS``: the smallest that holds ``max_seq_len``. 0 in a table: every length.
+    """
+
+    architecture: int
+    kernel: str
+    half: bool
+    dim: int
+    bias: bool
+    length: int = 0
 
 
-LARGEST_DIM = 256
-
-
-def choose(kernel: str, half: bool, dim: int, bias: bool) -> Tile:
-    """The tile of "forward", "query_gradient" or "key_gradient".
+def keys_of(
+    direction: str,
+    *,
+    architecture: int,
+    half: bool,
+    dim: int,
+    bias: bool,
+    max_seq_len: int,
+    delta: bool = False,
+    deterministic: bool = False,
+) -> tuple[Key, ...]:
+    """The kernels that a call launches, in order.
 
     Args:
-        kernel: One of the three.
+        direction: "forward" or "backward".
+        architecture: Compute capability, as :func:`architecture` gives it.
         half: float16 or bfloat16, else float32.
-        dim: The larger of d_qk and d_v, padded to a power of two, at most ``LARGEST_DIM``.
-        bias: There is a position or a time table. Times take two registers a pair.
+        dim: The larger of d_qk and d_v, at most ``LARGEST_DIM``.
+        bias: There is a position or a time table.
+        max_seq_len: Of the call.
+        delta: There are ``kv_offsets``.
+        deterministic: The same bits in every run.
     """
-    if not half:
-        return Tile(32, 32, 4, 1)
-    if dim > 128:
-        return Tile(32, 32, 8, 1)
-    if kernel == "key_gradient":
-        if bias:
-            return Tile(64, 32, 8, 1) if dim <= 64 else Tile(32, 32, 8, 1)
-        return Tile(64, 64, 4 if dim <= 64 else 8, 2)
-    return Tile(64, 32, 8, 2) if bias else Tile(64, 64, 4, 2)
+
+    def key(kernel: str) -> Key:
+        return Key(
+            architecture=max((a for a in ARCHITECTURES if a <= architecture), default=ARCHITECTURES[0]),
+            kernel=kernel,
+            half=half,
+            dim=next(d for d in DIMS if d >= dim),
+            bias=bias,
+            length=next(n for n in LENGTHS if n >= max_seq_len),
+        )
+
+    packed = key(f"{direction}_packed")
+    form = form_of(max_seq_len, delta, deterministic, choose(packed).block_m)
+    if form == "packed":
+        return (packed,)
+    if direction == "forward":
+        return (key("forward"),)
+    return (key("backward"), key("backward_query")) if form == "split" else (key("backward"),)
+
+
+def form_of(max_seq_len: int, delta: bool, deterministic: bool, packed_block: int) -> str:
+    """How gradients are made.
+
+    Returns:
+        "packed": one pass, several whole rows to a program, 5 products; the forward pass is packed, too. "split": dQ in
+        a kernel of its own, 7 products. "atomic": 5 products, dQ added atomically in float32.
+    """
+    if not delta and max_seq_len <= packed_block:
+        return "packed"
+    return "split" if deterministic or max_seq_len < ATOMIC_FROM else "atomic"
+
+
+_Sizes = tuple[int, int, int, int]
+_SHIPPED: dict[int, dict[tuple[str, bool, bool | None], tuple[_Sizes, ...]]] = {
+    # (kernel, half, bias or either): (block_m, block_n, num_warps, num_stages) for dims 16, 32, 64, 128, 256.
+    architecture: {
+        ("forward", True, False): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 8, 1)),
+        ("forward", True, True): ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+        ("backward_query", True, False): (
+            (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 8, 1),
+        ),
+        ("backward_query", True, True): (
+            (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1),
+        ),
+        ("backward", True, False): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+        ("backward", True, True): ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        ("forward_packed", True, None): ((64, 64, 4, 1),) * 5,
+        ("backward_packed", True, None): ((64, 64, 8, 1),) * 5,
+        **{(kernel, False, None): ((32, 32, 4, 1),) * 5 for kernel in KERNELS},
+    }
+    for architecture in ARCHITECTURES
+}  # fmt: skip
+
+_forced: dict[str, Tile] = {}
+
+
+@cache
+def shipped() -> dict[Key, Tile]:
+    """Every shipped tile; a key's length is 0."""
+    return {
+        Key(architecture, kernel, half, dim, each): Tile(*tile)
+        for architecture, table in _SHIPPED.items()
+        for (kernel, half, bias), tiles in table.items()
+        for dim, tile in zip(DIMS, tiles, strict=True)
+        for each in ((False, True) if bias is None else (bias,))
+    }
+
+
+def candidates(wanted: Key) -> list[Tile]:
+    """What a tuner should try for a key."""
+    if wanted.kernel.endswith("_packed"):
+        return [Tile(n, n, warps, 1) for n in (32, 64, 128) for warps in (4, 8)]
+    sizes = (32, 64, 128) if wanted.half else (16, 32, 64)
+    return [Tile(m, n, w, s) for m in sizes for n in sizes for w in (4, 8) for s in (1, 2, 3, 4)]
+
+
+def choose(wanted: Key) -> Tile:
+    """The tile of a kernel: forced, else the user's, else the shipped one."""
+    if wanted.kernel in _forced:
+        return _forced[wanted.kernel]
+    for table in (_user_table(), shipped()):
+        for found in (wanted, replace(wanted, length=0)):
+            if found in table:
+                return table[found]
+    raise AssertionError(f"no tile for {wanted}")
+
+
+@contextmanager
+def forced(kernel: str, tile: Tile) -> Iterator[None]:
+    """Inside, ``kernel`` runs with this tile whatever the tables say: for checks and tuners; not for threads."""
+    assert kernel in KERNELS
+    before = dict(_forced)
+    _forced[kernel] = tile
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def user_file() -> Path:
+    """Where the user's own tiles lie: ``GR_HSTU_TILES``, else ``hstu-gr/tiles.json`` in the user's cache folder.
+
+    JSON: ``[{"key": {the fields of Key}, "tile": {the fields of Tile}}, ...]``.
+    """
+    if os.environ.get(FILE_VARIABLE):
+        return Path(os.environ[FILE_VARIABLE])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hstu-gr" / "tiles.json"
+
+
+def write(table: dict[Key, Tile], path: Path) -> None:
+    """Adds to a user's file, or replaces its tiles of the same keys; written aside first, and used from now on."""
+    table = (read(path) if path.is_file() else {}) | table
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}")
+    rows = [{"key": asdict(key), "tile": asdict(tile)} for key, tile in table.items()]
+    aside.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    aside.replace(path)
+    _user_table.cache_clear()
+
+
+def read(path: Path) -> dict[Key, Tile]:
+    """Reads a user's file.
+
+    Raises:
+        ValueError: The file is not what :func:`user_file` says.
+    """
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        table = {Key(**row["key"]): Tile(**row["tile"]) for row in rows}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must be a list of tiles with their keys: {error}") from error
+    for key, tile in table.items():
+        sizes = (tile.block_m, tile.block_n)
+        right = key.kernel in KERNELS and all(n in (16, 32, 64, 128) for n in sizes)
+        right = right and tile.num_warps in (1, 2, 4, 8, 16) and tile.num_stages in range(1, 9)
+        if not right or (key.kernel.endswith("_packed") and tile.block_m != tile.block_n):
+            raise ValueError(f"{path} must hold blocks of 16, 32, 64 or 128, square if packed, got {tile} for {key}")
+    return table
+
+
+@cache
+def _user_table() -> dict[Key, Tile]:
+    path = user_file()
+    return read(path) if path.is_file() else {}
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """Compute capability, 80 for instance; off CUDA that of the newest in the table."""
+    if device.type != "cuda":
+        return ARCHITECTURES[-1]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

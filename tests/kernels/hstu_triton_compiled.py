@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gr.kernels.hstu_attention import triton_kernels
-from gr.kernels.hstu_attention.triton_tiles import choose
+from gr.kernels.hstu_attention.triton_tiles import Key, choose
 
 HALVES = ("q", "k", "v", "grad", "out", "d_k", "d_v")
 FLOATS = ("position", "time_table")
@@ -30,13 +30,14 @@ ALIGNED = ("q", "k", "v", "grad", "out", "d_k", "d_v")
 
 def figures(name: str, architecture: int, dim: int, bias: bool) -> dict[str, int | str]:
     """What one kernel compiles to, bfloat16, causal, with a clamped position table and a time table or without."""
-    kernel = triton_kernels.key_kernel if name == "key_gradient" else triton_kernels.query_kernel
-    tile = choose(name, True, dim, bias)
+    kernel = triton_kernels.key_kernel if name == "backward" else triton_kernels.query_kernel
+    tile = choose(Key(architecture, name, True, dim, bias))
+    sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     values = {
         "CAUSAL": True, "DIVISOR": "number", "CLAMPED_IDS": bias, "STEPS": 7 if bias else 0, "FAST": True,
-        "PRECISION": "ieee", "D_QK": dim, "D_V": dim, "BLOCK_QK": dim, "BLOCK_V": dim, **tile.options(),
+        "PRECISION": "ieee", "D_QK": dim, "D_V": dim, "BLOCK_QK": dim, "BLOCK_V": dim, **sizes,
     }  # fmt: skip
-    options = {option: values.pop(option) for option in ("num_warps", "num_stages")}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     for absent in ("num_contextual", "window", "full_tail", "group"):
         values[absent] = None
     if name == "forward":
@@ -81,7 +82,7 @@ def figures(name: str, architecture: int, dim: int, bias: bool) -> dict[str, int
 
 
 if __name__ == "__main__":
-    names = ("forward", "query_gradient", "key_gradient")
+    names = ("forward", "backward_query", "backward")
     for choice in itertools.product(names, (80, 90), (64, 128), (False, True)):
         print(json.dumps(figures(*choice)))
         sys.stdout.flush()
