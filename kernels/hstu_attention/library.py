@@ -46,6 +46,7 @@ def call(
     alpha: float,
     mask: Mask,
     bias: RelativeBias | None,
+    deterministic: bool,
     backend: str,
 ) -> Tensor:
     """Runs the registered op on checked arguments."""
@@ -67,6 +68,7 @@ def call(
         [mask.window or 0, mask.full_tail or 0, mask.target_group or 0, int(mask.causal), max_seq_len],
         [float(alpha), 0.0 if isinstance(divisor, Tensor | str) else float(divisor), float(bias.bucket_width)],
         bias.position_ids,
+        deterministic,
         backend,
     )
 
@@ -88,6 +90,7 @@ def _attention(
     integers: list[int],
     numbers: list[float],
     position_ids: str,
+    deterministic: bool,
     backend: str,
 ) -> Tensor:
     tensors = (divisor, num_contextual, num_targets, position_table, time_table, query_times, key_times)
@@ -121,11 +124,14 @@ def _attention_backward(
     integers: list[int],
     numbers: list[float],
     position_ids: str,
+    deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (divisor, num_contextual, num_targets, position_table, time_table, query_times, key_times)
     _, backward = BACKENDS[backend]
     arguments = _gather(tensors, integers, numbers, position_ids)
+    if backend == "triton":  # the others know one way only, and that one is deterministic
+        arguments["deterministic"] = deterministic
     with torch.autocast(q.device.type, enabled=False):
         found = backward(grad, q, k, v, q_offsets, kv_offsets, **arguments)
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in found)
@@ -153,7 +159,7 @@ def _backward(ctx, grad: Tensor):
     saved = ctx.saved_tensors
     d_q, d_k, d_v, d_position, d_time = _attention_backward(grad, *saved, *ctx.values)
     tables = (None if saved[8] is None else d_position, None if saved[9] is None else d_time)
-    return (d_q, d_k, d_v, *[None] * 5, *tables, *[None] * 6)
+    return (d_q, d_k, d_v, *[None] * 5, *tables, *[None] * 7)
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

@@ -55,7 +55,8 @@ def hstu_attention(
         mask: Which pairs are seen; None is causal.
         bias: Relative attention bias, or None.
         deterministic: Ask for the same bits in every run, gradients included. On a CPU every backend always gives
-            them; elsewhere the triton backend does without a bias, and everything else is refused.
+            them; elsewhere the triton backend does, at the cost of two more products backward and of a pass over v
+            and the gradient (README, "Backends"), and the reference refuses.
         backend: "auto" or a name in ``BACKENDS``. "auto" takes the environment variable GR_HSTU_BACKEND if
             set.
 
@@ -81,14 +82,11 @@ def hstu_attention(
         bias=bias,
     )
     name = choose_backend(backend, q.device.type, q.dtype)
-    if deterministic and q.device.type != "cpu":
-        if name != "triton":
-            raise ValueError("deterministic must be False off the CPU for the reference: it adds gradients atomically")
-        if bias is not None and (bias.position_table is not None or bias.time_table is not None):
-            raise ValueError("deterministic must be False off the CPU with a bias: its gradients are added atomically")
+    if deterministic and q.device.type != "cpu" and name != "triton":
+        raise ValueError("deterministic must be False off the CPU for the reference: it adds gradients atomically")
     arguments = {"max_seq_len": max_seq_len, "divisor": divisor, "alpha": alpha, "mask": mask, "bias": bias}
     if name != "reference":
-        return library.call(q, k, v, q_offsets, kv_offsets, **arguments, backend=name)
+        return library.call(q, k, v, q_offsets, kv_offsets, **arguments, deterministic=deterministic, backend=name)
     if not torch.compiler.is_compiling():
         check_contents(q, k, v, q_offsets, kv_offsets, **arguments)
     with torch.autocast(q.device.type, enabled=False):  # the dtype of q decides, not the surroundings

@@ -106,18 +106,20 @@ def sees(key, low, high, low2, high2, TARGETS: tl.constexpr):
 
 
 @triton.jit
-def bucket_of(seconds, edges, num_edges, STEPS: tl.constexpr):
-    """Number of edges <= seconds, by a search in 2**STEPS > num_edges steps without a branch."""
-    found = (seconds * 0).to(tl.int32)
-    for step in tl.static_range(STEPS):
-        further = found + (1 << (STEPS - 1 - step))
-        edge = tl.load(edges + tl.minimum(further, num_edges) - 1, mask=further <= num_edges, other=0)
-        found = tl.where((further <= num_edges) & (edge <= seconds), further, found)
-    return found
+def load_edges(edges, num_edges, EDGES: tl.constexpr):
+    """The buckets' edges, int64, in EDGES places; those that are none are beyond every time."""
+    index = tl.arange(0, EDGES)
+    return tl.load(edges + index, mask=index < num_edges, other=0x7FFFFFFFFFFFFFFF)
 
 
 @triton.jit
-def tile_buckets(q_times, k_times, edges, num_edges, STEPS: tl.constexpr):
+def bucket_of(seconds, edge_values):
+    """Number of edges <= seconds, a scalar."""
+    return tl.sum((edge_values <= seconds).to(tl.int32), 0)
+
+
+@triton.jit
+def tile_buckets(q_times, k_times, edge_values):
     """Lowest and highest bucket of a tile, from the ends of its times: never too narrow, exact for times that rise."""
     q_first = tl.min(q_times, 0)
     q_last = tl.max(q_times, 0)
@@ -125,7 +127,7 @@ def tile_buckets(q_times, k_times, edges, num_edges, STEPS: tl.constexpr):
     k_last = tl.max(k_times, 0)
     far = tl.maximum(q_last - k_first, k_last - q_first)
     near = tl.maximum(tl.maximum(q_first - k_last, k_first - q_last), 0)
-    return bucket_of(near, edges, num_edges, STEPS), bucket_of(far, edges, num_edges, STEPS)
+    return bucket_of(near, edge_values), bucket_of(far, edge_values)
 
 
 @triton.jit
@@ -145,30 +147,57 @@ def tanh_fast(x):
 
 @triton.jit
 def twice_sigmoid(half, FAST: tl.constexpr):
-    """``u = 1 + tanh(h)``: SiLU = h u, SiLU' = u (2 h - h u + 1) / 2."""
-    return 1.0 + tanh_fast(half) if FAST else 2.0 / (1.0 + tl.exp(-2.0 * half))
+    """``u = 1 + tanh(h)`` and ``w = 2 - u``: SiLU = h u, SiLU' = u (1 + h w) / 2. Exact means no difference: each of u
+    and w is right to an ulp or so however small it is, and nothing overflows.
+    """
+    if FAST:
+        tanh = tanh_fast(half)
+        u = 1.0 + tanh
+        w = 1.0 - tanh
+    else:
+        small = tl.exp(-2.0 * tl.abs(half))
+        large = 2.0 / (1.0 + small)
+        small = small * large
+        u = tl.where(half >= 0.0, large, small)
+        w = tl.where(half >= 0.0, small, large)
+    return u, w
 
 
 @triton.jit
-def add_to(pointer, values):
-    """Atomic sums in the pointer's dtype, float64: many tiles meet in one entry of a table."""
-    tl.atomic_add(pointer, values.to(pointer.dtype.element_ty), sem="relaxed")
+def slope_of(half, by, DIVISOR: tl.constexpr, FAST: tl.constexpr):
+    """SiLU of the scores and twice its derivative, over ``by``, which broadcasts; a number is left to the last factor
+    of each result.
+    """
+    u, w = twice_sigmoid(half, FAST)
+    rest = 1.0 + half * w
+    if DIVISOR != "number":
+        u = u * (1.0 / by)
+    return half * u, u * rest
 
 
 @triton.jit
-def add_time_gradient(d_score, apart, low, high, gradient, edges):
+def add_to(pointer, values, scale):
+    """Atomic sums: of float64, or with a ``scale`` of integers, whose sum does not depend on the order."""
+    if scale is None:
+        tl.atomic_add(pointer, values.to(tl.float64), sem="relaxed")
+    else:
+        tl.atomic_add(pointer, (values.to(tl.float64) * scale).to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def add_time_gradient(d_score, apart, low, high, gradient, edges, scale):
     """Sums of a tile by bucket, of which there are those from ``low`` to ``high``: an atomic a bucket."""
     rest = d_score
     for bucket in range(low, high):
         near = apart < tl.load(edges + bucket)
-        add_to(gradient + bucket, tl.sum(tl.sum(tl.where(near, rest, 0.0), 1), 0))
+        add_to(gradient + bucket, tl.sum(tl.sum(tl.where(near, rest, 0.0), 1), 0), scale)
         rest = tl.where(near, 0.0, rest)
-    add_to(gradient + high, tl.sum(tl.sum(rest, 1), 0))
+    add_to(gradient + high, tl.sum(tl.sum(rest, 1), 0), scale)
 
 
 @triton.jit
 def add_diagonals(
-    d_score, distance, centre, NUM_KEYS: tl.constexpr, NUM_QUERIES: tl.constexpr
+    d_score, distance, centre, scale, NUM_KEYS: tl.constexpr, NUM_QUERIES: tl.constexpr
 ):  # fmt: skip
     """Sums of a ``(keys, queries)`` tile along its diagonals; ``distance`` is that of its corner.
 
@@ -180,41 +209,38 @@ def add_diagonals(
     turns = turned // NUM_KEYS
     for turn in tl.static_range((NUM_KEYS + NUM_QUERIES - 2) // NUM_KEYS + 1):
         part = tl.sum(tl.where(turns == turn, skewed, 0.0), 1)
-        add_to(centre + distance + row - turn * NUM_KEYS, part)
+        add_to(centre + distance + row - turn * NUM_KEYS, part, scale)
 
 
 @triton.jit
 def add_clamped(
-    d_score, key, query, first, shift, centre,
+    d_score, distance, key, query, first, shift, centre, scale,
     NUM_KEYS: tl.constexpr, NUM_QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """:func:`add_diagonals` by the mask's ids, for a tile of one row: ``key`` and ``query`` are positions.
+    """:func:`add_diagonals` by the mask's ids; ``key`` and ``query`` are positions within their row.
 
     Where neither id is clamped they differ as the positions do. Tokens of one clamped id are summed first, each against
-    the other side's ids.
+    the other side's ids. ``first`` and ``shift`` are one row's, or each token's own where a tile holds several rows.
     """
-    key_end = tl.max(key, 0)
-    query_end = tl.max(query, 0)
-    plain = (tl.min(key, 0) >= shift) & (tl.min(query, 0) >= shift) & (key_end <= first) & (query_end <= first)
-    distance = tl.min(key, 0) - tl.min(query, 0)
-    if plain:
-        add_diagonals(d_score, distance, centre, NUM_KEYS, NUM_QUERIES)
+    key_free = (key >= shift) & (key <= first)
+    query_free = (query >= shift) & (query <= first)
+    if (tl.min(key_free.to(tl.int32), 0) + tl.min(query_free.to(tl.int32), 0)) == 2:
+        add_diagonals(d_score, distance, centre, scale, NUM_KEYS, NUM_QUERIES)
     else:
         key_id = clamped_id(key, first, shift)
         query_id = clamped_id(query, first, shift)
-        key_free = (key >= shift) & (key <= first)
-        query_free = (query >= shift) & (query <= first)
+        last = first - shift
         free = key_free[:, None] & query_free[None, :]
-        add_diagonals(tl.where(free, d_score, 0.0), distance, centre, NUM_KEYS, NUM_QUERIES)
+        add_diagonals(tl.where(free, d_score, 0.0), distance, centre, scale, NUM_KEYS, NUM_QUERIES)
         early = tl.sum(tl.where((query < shift)[None, :], d_score, 0.0), 1)
-        add_to(centre + key_id, early)
+        add_to(centre + key_id, early, scale)
         late = tl.sum(tl.where((query > first)[None, :], d_score, 0.0), 1)
-        add_to(centre + key_id - (first - shift), late)
+        add_to(centre + key_id - last, late, scale)
         rest = tl.where(query_free[None, :], d_score, 0.0)
         early = tl.sum(tl.where((key < shift)[:, None], rest, 0.0), 0)
-        add_to(centre - query_id, early)
+        add_to(centre - query_id, early, scale)
         late = tl.sum(tl.where((key > first)[:, None], rest, 0.0), 0)
-        add_to(centre + (first - shift) - query_id, late)
+        add_to(centre + last - query_id, late, scale)
 
 
 @triton.jit
