@@ -312,15 +312,15 @@ def key_kernel(
     position, d_position, position_row, time_table, d_time, time_row, edges, num_edges, query_times, key_times, scale,
     q_token, q_head, k_token, k_head, v_token, v_head, grad_token, grad_head,
     d_q_token, d_q_head, d_k_token, d_k_head, d_v_token, d_v_head,
-    half_alpha, inverse, window, full_tail, group, heads, num_blocks,
+    half_alpha, window, full_tail, group, heads, num_blocks,
     CAUSAL: tl.constexpr, DIVISOR: tl.constexpr, CLAMPED_IDS: tl.constexpr, EDGES: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys of one (row, head); adds to the tables, and to ``d_q`` if it is not None: float32,
-    without the factor alpha / (2 n) if n is a number, alpha / 2 if not.
+    without the factor alpha / 2 and 1 / n if n is a number.
 
-    ``inverse`` is 1 / n if n is a number, else 1. With ``scale`` (float64, no dimension) the tables are int64.
+    With ``scale`` (float64, no dimension) the tables are int64.
     """
     CONTEXT: tl.constexpr = num_contextual is not None
     TARGETS: tl.constexpr = num_targets is not None
@@ -388,7 +388,8 @@ def key_kernel(
             CAUSAL, CONTEXT, TARGETS, DIVISOR, CLAMPED_IDS, FAST, PRECISION,
             D_QK, D_V, BLOCK_QK, BLOCK_V, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
+    last = 1.0 / divisor if DIVISOR == "number" else 1.0
     d_k += k_start * d_k_token + head * d_k_head
     d_v += k_start * d_v_token + head * d_v_head
-    store_rows(d_k, key, d_k_token, total_k * (half_alpha * inverse), inside, D_QK, BLOCK_QK)
-    store_rows(d_v, key, d_v_token, total_v * inverse, inside, D_V, BLOCK_V)
+    store_rows(d_k, key, d_k_token, total_k * (half_alpha * last), inside, D_QK, BLOCK_QK)
+    store_rows(d_v, key, d_v_token, total_v * last, inside, D_V, BLOCK_V)

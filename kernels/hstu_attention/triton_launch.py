@@ -65,7 +65,7 @@ def backward(
             added = torch.zeros(d_q.shape, dtype=torch.float32, device=d_q.device) if len(keys) == 1 else None
             call.keys(key, grad=grad, d_q=added, d_k=d_k, d_v=d_v, **tables.arguments)
             if added is not None:
-                torch.mul(added, call.half_alpha * call.inverse, out=d_q)
+                torch.mul(added, call.half_alpha / call.number, out=d_q)
     return (d_q, d_k, d_v, *tables.finished())
 
 
@@ -76,7 +76,7 @@ class _Call:
         reach: The longest distance that a laid out position table has an entry for, on either side.
         position: ``(1 or H, 2 reach + 1)`` float32, half of the table, repeated at its ends; None if there is none.
         time: ``(1 or H, num_buckets)`` float32, half of the table; None if there is none.
-        inverse: One over the divisor if that is a number, else 1.
+        number: The divisor if it is a number, else 1.
     """
 
     def __init__(
@@ -102,13 +102,14 @@ class _Call:
         self.delta = kv_offsets is not None
         self.k_offsets = kv_offsets.contiguous() if self.delta else self.q_offsets
         self.rows, self.heads = q_offsets.shape[0] - 1, q.shape[1]
-        self.kind, self.divisor = "number", divisor
         if isinstance(divisor, str):
             self.kind, self.divisor = "visible", 1.0
         elif isinstance(divisor, Tensor):
             self.kind = "row" if divisor.dim() == 1 and divisor.shape[0] == self.rows else "query"
             self.divisor = divisor.detach().float().contiguous()
-        self.inverse = 1.0 / float(divisor) if self.kind == "number" else 1.0
+        else:
+            self.kind, self.divisor = "number", float(divisor)
+        self.number = self.divisor if self.kind == "number" else 1.0
         self.position = self.time = edges = None
         num_edges = 0
         self.reach = max_seq_len + 2 * triton_tiles.LARGEST_BLOCK  # a tile's padding: a block of keys, one of queries
@@ -173,7 +174,7 @@ class _Call:
         strides = _strides(grad=more["grad"], d_q=more["d_q"], d_k=d_k, d_v=d_v)
         with _on(d_k):
             key_kernel[(blocks * self.heads * self.rows,)](
-                d_k=d_k, d_v=d_v, inverse=self.inverse, num_blocks=blocks, **more, **strides, **self._long(tile)
+                d_k=d_k, d_v=d_v, num_blocks=blocks, **more, **strides, **self._long(tile)
             )
 
     def pack(self, key: triton_tiles.Key, **given: Any) -> None:
@@ -184,7 +185,7 @@ class _Call:
         none = dict.fromkeys(("d_position", "d_time", "scale"))
         with _on(self.q):
             packed_kernel[(triton.cdiv(self.rows, rows) * self.heads,)](
-                offsets=self.q_offsets, num_rows=self.rows, inverse=self.inverse,
+                offsets=self.q_offsets, num_rows=self.rows,
                 ROWS=rows, ROWS_PADDED=triton.next_power_of_2(rows), BLOCK=tile.block_m,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
                 **tensors, **none | given, **_strides(**tensors), **self.common,
@@ -243,7 +244,7 @@ class _TableGradients:
                 total = total.double() if self.scale is None else total / self.scale
                 if table is bias.position_table:
                     total = _fold(total, table.shape[-1] // 2)
-                total = (total * (0.5 * self.call.inverse)).to(table.dtype).view(table.shape)
+                total = (total * (0.5 / self.call.number)).to(table.dtype).view(table.shape)
             found.append(total)
         return tuple(found)
 

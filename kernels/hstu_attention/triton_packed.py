@@ -20,6 +20,7 @@ from gr.kernels.hstu_attention.triton_scores import (
     spans,
     store_rows,
     time_half,
+    twice_sigmoid,
 )
 
 
@@ -65,14 +66,14 @@ def packed_kernel(
     position, d_position, position_row, time_table, d_time, time_row, edges, num_edges, query_times, key_times, scale,
     q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head, grad_token, grad_head,
     d_q_token, d_q_head, d_k_token, d_k_head, d_v_token, d_v_head,
-    half_alpha, inverse, window, full_tail, group, heads, num_rows,
+    half_alpha, window, full_tail, group, heads, num_rows,
     CAUSAL: tl.constexpr, DIVISOR: tl.constexpr, CLAMPED_IDS: tl.constexpr, EDGES: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
     BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out`` of ROWS whole rows of one head, or with ``grad`` all their gradients; adds to the tables' gradients.
 
-    The tile is (keys, queries) both ways. ``inverse`` and ``scale`` as in :func:`key_kernel`.
+    The tile is (keys, queries) both ways. ``scale`` as in :func:`key_kernel`.
     """
     head = (tl.program_id(0) % heads).to(tl.int64)
     row = tl.program_id(0) // heads * ROWS
@@ -104,15 +105,18 @@ def packed_kernel(
         lowest = tl.minimum(lowest, highest)
         half = time_half(half, apart, lowest, highest, time_table + head * time_row, edges)
     by = divisor_of(divisor, own, base + token, inside, low, high, low2, high2, DIVISOR)
-    weights, slope = slope_of(half, by[None, :], DIVISOR, FAST)
     values = load_rows(v + base * v_token + head * v_head, token, v_token, inside, D_V, BLOCK_V, True)
-    weights = tl.where(seen, weights, 0.0).to(values.dtype)
     if grad is None:
-        total = tl.dot(tl.trans(weights), values, input_precision=PRECISION) * inverse
+        u, _ = twice_sigmoid(half, FAST)
+        weights = tl.where(seen, half * u, 0.0).to(values.dtype)
+        total = tl.dot(tl.trans(weights), values, input_precision=PRECISION) / by[:, None]
         store_rows(out + base * out_token + head * out_head, token, out_token, total, inside, D_V, BLOCK_V)
     else:
+        last = 1.0 / divisor if DIVISOR == "number" else 1.0
+        weights, slope = slope_of(half, by[None, :], DIVISOR, FAST)
+        weights = tl.where(seen, weights, 0.0).to(values.dtype)
         grads = load_rows(grad + base * grad_token + head * grad_head, token, grad_token, inside, D_V, BLOCK_V, True)
-        total = tl.dot(weights, grads, input_precision=PRECISION) * inverse
+        total = tl.dot(weights, grads, input_precision=PRECISION) * last
         store_rows(d_v + base * d_v_token + head * d_v_head, token, d_v_token, total, inside, D_V, BLOCK_V)
         d_score = tl.where(seen, tl.dot(values, tl.trans(grads), input_precision=PRECISION) * slope, 0.0)
         if scale is not None:
@@ -126,7 +130,7 @@ def packed_kernel(
             else:
                 add_diagonals(d_score, 0, d_position, scale, BLOCK, BLOCK)
         narrow = d_score.to(queries.dtype)
-        total = tl.dot(narrow, queries, input_precision=PRECISION) * (half_alpha * inverse)
+        total = tl.dot(narrow, queries, input_precision=PRECISION) * (half_alpha * last)
         store_rows(d_k + base * d_k_token + head * d_k_head, token, d_k_token, total, inside, D_QK, BLOCK_QK)
-        total = tl.dot(tl.trans(narrow), keys, input_precision=PRECISION) * (half_alpha * inverse)
+        total = tl.dot(tl.trans(narrow), keys, input_precision=PRECISION) * (half_alpha * last)
         store_rows(d_q + base * d_q_token + head * d_q_head, token, d_q_token, total, inside, D_QK, BLOCK_QK)

@@ -230,14 +230,16 @@ def covering_array(options: dict[str, tuple], seed: int = 0, tries: int = 20) ->
 CASES: list[Case] = [Case(**row) for row in covering_array(OPTIONS, seed=1)]
 
 
-def compare(case: Case, dtype: torch.dtype, backend: str, seeds: int = 1, **shape: int) -> None:
+def compare(
+    case: Case, dtype: torch.dtype, backend: str, seeds: int = 1, *, deterministic: bool = False, **shape: int
+) -> None:
     """Asserts, of the output and every gradient: the error against fp64 is at most twice the definition's own in this
     dtype (relative to the largest value, the worst of ``seeds`` draws), or 4 ulp."""
     own, fast = defaultdict(float), defaultdict(float)
     for seed in range(seeds):
         exact = by_name(case.arguments(torch.float64, seed, **shape), "reference")
         low = by_name(case.arguments(dtype, seed, **shape), "reference")
-        got = by_name(case.arguments(dtype, seed, **shape), backend)
+        got = by_name(case.arguments(dtype, seed, **shape), backend, deterministic=deterministic)
         for name, truth in exact.items():
             assert got[name].dtype == low[name].dtype and got[name].shape == truth.shape
             if truth.numel() and float(truth.abs().max()):
@@ -250,9 +252,9 @@ def compare(case: Case, dtype: torch.dtype, backend: str, seeds: int = 1, **shap
         assert error <= max(2 * own[name], 4 * torch.finfo(dtype).eps), (name, error, own[name])
 
 
-def by_name(arguments: dict[str, Any], backend: str) -> dict[str, Tensor]:
+def by_name(arguments: dict[str, Any], backend: str, **more: Any) -> dict[str, Tensor]:
     """The output, as "out", and every gradient."""
-    out, gradients = run(arguments, backend=backend)
+    out, gradients = run(arguments, backend=backend, **more)
     return {"out": out.detach(), **gradients}
 
 
