@@ -12,8 +12,8 @@ import torch
 
 FLUSH_BYTES = 256 << 20
 """Several times any second-level cache so far (H100: 50 MiB)."""
-FLUSHES = 4
-"""Some 0.4 ms on an H100: meanwhile the host enqueues the call, so that launches are not what is timed."""
+FLUSHES = 8
+"""Some 0.8 ms on an H100: meanwhile the host enqueues the call, so that launches are not what is timed."""
 COPY_BYTES = 1 << 30
 MATMUL = 8192
 RUNS = 20

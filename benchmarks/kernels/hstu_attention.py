@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.lengths import lengths
-from benchmarks.kernels.registry import Case, Cost, Inputs, Operator
+from benchmarks.kernels.others import OTHERS
+from benchmarks.kernels.registry import Case, Cost, Inputs, Operator, external
 from gr import flops
 from gr.kernels.hstu_attention import Mask, RelativeBias, hstu_attention, op
 
@@ -81,7 +82,10 @@ LARGE_MASK = {"window": 512, "full_tail": 128, "context": 8, "targets": 256}
 # the target's batch is 512.
 SIZES = ((512, 512), (1024, 128), (2048, 64), (4096, 32), (8192, 16))
 
+TRIAL = {"rows": 3, "longest": 17, "dim_qk": 8, "dim_v": 8, "law": "uniform"}
+
 CASES = (
+    AttentionCase(name="trial", family="trial", device="none", **TRIAL),
     _cpu("ml1m", **ML1M, **BIAS, against="ml1m-no-bias"),
     _cpu("ml1m-no-bias", **ML1M),
     _cpu("full", **SMALL),
@@ -93,16 +97,18 @@ CASES = (
     *(_gpu("uniform", dim, n, b, law="uniform") for dim in (128, 64) for n, b in ((512, 512), (4096, 32))),
     *(_gpu("zipf", dim, n, b, law="zipf") for dim in (128, 64) for n, b in ((512, 512), (4096, 32))),
     *(_gpu("bias", dim, n, b, "full", **BIAS) for dim in (128, 64) for n, b in ((512, 512), (4096, 32))),
+    *(_gpu("bias-uniform", dim, 4096, 32, "uniform", law="uniform", **BIAS) for dim in (128, 64)),
+    *(_gpu("bias-zipf", dim, 4096, 32, "zipf", law="zipf", **BIAS) for dim in (128, 64)),
     *(_gpu("composed", dim, 4096, 32, "full", **LARGE_MASK) for dim in (128, 64)),
     *(_gpu("composed-uniform", dim, 4096, 32, "uniform", law="uniform", **LARGE_MASK) for dim in (128, 64)),
     *(_gpu("composed-bias", dim, 4096, 32, "full", **LARGE_MASK, **BIAS) for dim in (128, 64)),
 )
 
 
-def make(case: AttentionCase, device: str, dtype: torch.dtype, seed: int) -> Inputs:
-    """A batch of the case; values are normal, scores about one."""
+def make(case: AttentionCase, device: str, dtype: torch.dtype, seed: int, sizes: np.ndarray | None = None) -> Inputs:
+    """A batch of the case; values are normal, scores about one. ``sizes`` are lengths in place of the law's."""
     rng = np.random.default_rng(seed)
-    sizes = rng.permutation(lengths(case.law, case.rows, case.longest))
+    sizes = rng.permutation(lengths(case.law, case.rows, case.longest) if sizes is None else sizes)
     tokens = int(sizes.sum())
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -158,9 +164,17 @@ def event_times(rng: np.random.Generator, sizes: np.ndarray) -> tuple[np.ndarray
     return clock[~last], clock[np.flatnonzero(~last) + 1]
 
 
-def run(inputs: Inputs, provider: str) -> Tensor:
-    """The public operator with that backend."""
+def run(inputs: Inputs, provider: str, deterministic: bool = False) -> Tensor:
+    """The public operator with that backend, or another implementation of it.
+
+    ``package.module:function`` is called as ``function(q, k, v, offsets, *, max_seq_len, divisor, alpha, num_targets,
+    num_contextual, window, full_tail, position_table, time_table, query_times, key_times)`` and returns
+    ``(T, H, d_v)``; what a case has not is None; it must be differentiable. Shapes and meanings: README.md of the
+    operator; the mask is causal. It is held to the definition like a backend.
+    """
     leaves, fixed = inputs.leaves, inputs.fixed
+    if ":" in provider:
+        return _external(inputs, provider)
     tables = {name: leaves[name] for name in ("position_table", "time_table") if name in leaves}
     return hstu_attention(
         leaves["q"],
@@ -172,7 +186,28 @@ def run(inputs: Inputs, provider: str) -> Tensor:
         alpha=fixed["alpha"],
         mask=fixed["mask"],
         bias=replace(fixed["bias"], **tables) if tables else None,
+        deterministic=deterministic,
         backend=provider,
+    )
+
+
+def _external(inputs: Inputs, provider: str) -> Tensor:
+    leaves, fixed = inputs.leaves, inputs.fixed
+    mask, bias = fixed["mask"], fixed["bias"]
+    return external(provider)(
+        *(leaves[name] for name in BY_ROW),
+        fixed["offsets"],
+        max_seq_len=fixed["longest"],
+        divisor=fixed["divisor"],
+        alpha=fixed["alpha"],
+        num_targets=mask.num_targets,
+        num_contextual=mask.num_contextual,
+        window=mask.window,
+        full_tail=mask.full_tail,
+        position_table=leaves.get("position_table"),
+        time_table=leaves.get("time_table"),
+        query_times=bias.query_times,
+        key_times=bias.key_times,
     )
 
 
@@ -231,4 +266,5 @@ OPERATOR = Operator(
     shorten=shorten,
     by_row=BY_ROW,
     cost=cost,
+    others=OTHERS,
 )

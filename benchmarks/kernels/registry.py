@@ -1,7 +1,8 @@
-"""What the runner knows of an operator: data (cases, costs) and four small functions.
+"""What the runner knows of an operator: data (cases, costs) and a few small functions.
 
 An operator's module holds ``OPERATOR``; its name stands in ``OPERATORS``. Providers are the operator's own backends,
-read when they are asked for, so that a new backend is measured without a change here.
+read when they are asked for, so that a new backend is measured without a change here; functions of others that compute
+the operator too (``package.module:function``); and other functions of the same shape (:class:`Other`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Case:
     Attributes:
         name: One case. Asked for by name it runs on any device.
         family: Name shared by the cases of several sizes; asked for by family, those for the device run.
-        device: "cpu" or "cuda": where its size makes sense.
+        device: "cpu" or "cuda": where its size makes sense. "none": it runs by name only, to try the tools.
         against: Another case of the operator; it is timed alternately with this one, and their times per pair compared.
     """
 
@@ -59,6 +60,38 @@ class Inputs:
         """The same numbers in another dtype, as new leaves."""
         leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in self.leaves.items()}
         return Inputs(leaves, self.fixed, self.grad.to(dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What is timed: arguments are ready.
+
+    Attributes:
+        run: Gives the output.
+        leaves: What the backward pass gives gradients of.
+        grad: The gradient of the output.
+    """
+
+    run: Callable[[], Tensor]
+    leaves: list[Tensor]
+    grad: Tensor
+
+
+@dataclass(frozen=True)
+class Other:
+    """A function that people would use in the operator's place, and that computes something else.
+
+    It is held to no definition here, and its figures count the operator's FLOPs, so that times are what is compared.
+
+    Attributes:
+        name: As a provider.
+        about: What it computes, and how its FLOPs are counted.
+        prepare: inputs -> call; a case that it cannot do is a ValueError starting with "backend".
+    """
+
+    name: str
+    about: str
+    prepare: Callable[[Inputs], Call]
 
 
 @dataclass(frozen=True)
@@ -93,6 +126,7 @@ class Operator:
             rows of the output that are left).
         by_row: Leaves with a row for each row of the output, so that their gradients can be compared row by row.
         cost: inputs -> cost.
+        others: Other functions to time beside it.
     """
 
     name: str
@@ -103,6 +137,21 @@ class Operator:
     shorten: Callable[[Inputs, int], tuple[Inputs, Tensor]]
     by_row: tuple[str, ...]
     cost: Callable[[Inputs], Cost]
+    others: tuple[Other, ...] = ()
+
+    def other(self, provider: str) -> Other | None:
+        """The other function of that name: one of ``others``, or an :class:`Other` that a dotted name leads to."""
+        if ":" in provider:
+            found = external(provider)
+            return found if isinstance(found, Other) else None
+        return next((other for other in self.others if other.name == provider), None)
+
+    def call(self, inputs: Inputs, provider: str) -> Call:
+        """A provider on these inputs, ready to be timed."""
+        other = self.other(provider)
+        if other is not None:
+            return other.prepare(inputs)
+        return Call(lambda: self.run(inputs, provider), list(inputs.leaves.values()), inputs.grad)
 
     def case(self, name: str) -> Case:
         """The case of that name, which exists."""
@@ -125,6 +174,19 @@ class Operator:
                 raise UserError(f"--cases: {self.name} has no case or family {word!r} for {device}; cases are {known}")
             found += [case for case in some if case not in found]
         return found
+
+
+def external(name: str) -> Any:
+    """What ``package.module:name`` leads to: a function, or an :class:`Other`.
+
+    Raises:
+        UserError: There is none.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--providers: {name!r} names nothing that can be imported: {error}") from error
 
 
 def load(name: str) -> Operator:

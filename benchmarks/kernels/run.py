@@ -2,10 +2,11 @@
 
     python -m benchmarks.kernels.run hstu_attention [--cases ml1m zipf ...] [--providers reference cpu ...]
         [--directions fwd bwd fwd+bwd] [--repeats 7] [--layers 1] [--device cpu|cuda] [--dtype float32]
-        [--threads 2] [--allocator kept] [--json OUT.jsonl]
+        [--threads 2] [--allocator kept] [--json OUT.jsonl] [--out FOLDER] [--base COMMIT]
     python -m benchmarks.kernels.run sampled_logits
 
-A case is asked for by name, or by family: those of the family that are meant for the device. Every repeat times all
+A case is asked for by name, or by family: those of the family that are meant for the device; ``--cases targets`` are
+those that have a floor and a target (``targets.py``). Every repeat times all
 providers in turn, each on a batch of its own: lengths, and so the work, are the case's, but order of rows, values and
 times are new, so that nothing kept from an earlier call helps. ``--layers N`` makes N calls on each batch, as the
 layers of a stack do, and gives the time of one: what a provider keeps for the next layer then counts once.
@@ -18,6 +19,12 @@ layers of a stack do, and gives the time of one: what a provider keeps for the n
 - ``per pair``: a case's time per unmasked pair, relative to that of the case that it names, timed alternately. 1 says
   that a mask costs what its pairs cost, or that a bias costs nothing.
 
+- ``--base COMMIT`` times the operator of another commit alternately with this one, each in a process of its own.
+- ``--out FOLDER``: rows.jsonl, table.md and a plot a direction.
+- Providers are the operator's backends; an implementation of yours, ``package.module:function``, which is held to the
+  definition as they are (signature: the operator's module here); and other functions of the same shape (``others.py``,
+  or ``package.module:name`` of an ``Other``), marked as such in every table (on a GPU all of them, elsewhere by name).
+
 First every provider is held to the definition on every case (:mod:`benchmarks.kernels.agreement`); one that disagrees
 ends the run with status 2. A backend that the device lacks is left out. Excluded: making inputs, one round to warm up.
 """
@@ -27,200 +34,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.allocator import KEPT
 from benchmarks.kernels import device as devices
+from benchmarks.kernels import figures, targets, timing
 from benchmarks.kernels.agreement import SEED, check
-from benchmarks.kernels.registry import BASELINE, Case, Cost, Inputs, Operator, load
-from benchmarks.train.ml1m import KEPT, ratios
+from benchmarks.kernels.registry import BASELINE, Operator, load
+from benchmarks.kernels.rows import rows_of, say
+from benchmarks.kernels.timing import DIRECTIONS, DTYPES, Timed, available
+from benchmarks.kernels.worker import remotes
 from gr.errors import UserError, run_cli
 from gr.training.environment import describe
-
-DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def available(operator: Operator, case: Case, wanted: list[str] | None, device: str, dtype: torch.dtype) -> list[str]:
-    """Providers to time, the baseline first; on a CPU it is always among them.
-
-    Raises:
-        UserError: A provider asked for does not exist, or not on the device.
-    """
-    known = operator.providers()
-    for name in wanted or ():
-        if name not in known:
-            raise UserError(f"--providers: {operator.name} has no provider {name!r}; it has {', '.join(known)}")
-    names = list(known if wanted is None else dict.fromkeys(wanted))
-    part, _ = operator.shorten(operator.make(case, device, dtype, SEED), 1)
-    found = []
-    for name in names:
-        try:
-            operator.run(part, name)
-        except ValueError as error:
-            if not str(error).startswith("backend"):
-                raise
-            if wanted is not None:
-                raise UserError(f"--providers: {name!r} does not run on {device}: {error}") from error
-            continue
-        found.append(name)
-    first = [BASELINE] if device == "cpu" or BASELINE in found else []
-    return first + [name for name in found if name != BASELINE]
-
-
-def seconds(
-    timer: devices.CpuTimer | devices.CudaTimer,
-    operator: Operator,
-    inputs: Inputs,
-    provider: str,
-    direction: str,
-    layers: int,
-) -> float:
-    """Time of one call of ``layers`` on the same batch."""
-    leaves = list(inputs.leaves.values())
-
-    def forward() -> list[torch.Tensor]:
-        return [operator.run(inputs, provider) for _ in range(layers)]
-
-    def backward(outs: list[torch.Tensor]) -> None:
-        while outs:
-            torch.autograd.grad(outs.pop(), leaves, inputs.grad)
-
-    def once() -> float:
-        if direction == "fwd":
-            with torch.no_grad():
-                timer.start()
-                forward()
-                return timer.stop()
-        if direction == "bwd":
-            outs = forward()
-            timer.start()
-            backward(outs)
-            return timer.stop()
-        timer.start()
-        backward(forward())
-        return timer.stop()
-
-    return statistics.median(once() for _ in range(timer.runs)) / layers
-
-
-def measure(
-    operator: Operator,
-    case: Case,
-    providers: list[str],
-    directions: Sequence[str],
-    repeats: int,
-    layers: int,
-    device: str,
-    dtype: torch.dtype,
-) -> dict[tuple[str, str, str], list[float]]:
-    """Seconds of each repeat by (case, provider, direction); the case that this one names is timed in turn with it."""
-    cases = [case] if case.against is None else [case, operator.case(case.against)]
-    entries = [(provider, one) for provider in providers for one in cases]
-    timer = devices.timer(device)
-    found: dict[tuple[str, str, str], list[float]] = {}
-    seed = SEED
-    for direction in directions:
-        for repeat in range(-1, repeats):  # the first round warms up
-            for provider, one in entries:
-                seed += 1
-                inputs = operator.make(one, device, dtype, seed)
-                spent = seconds(timer, operator, inputs, provider, direction, layers)
-                if repeat >= 0:
-                    found.setdefault((one.name, provider, direction), []).append(spent)
-    return found
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def rows_of(
-    operator: Operator,
-    case: Case,
-    providers: list[str],
-    directions: Sequence[str],
-    times: dict[tuple[str, str, str], list[float]],
-    costs: dict[str, Cost],
-    device: str,
-    dtype: torch.dtype,
-    ceilings: dict[str, Any] | None,
-) -> list[dict[str, Any]]:
-    """One row for each direction and provider; on a CPU none for the baseline alone.
-
-    Args:
-        operator: The operator.
-        case: The case.
-        providers: Those that were timed.
-        directions: Those that were timed.
-        times: From :func:`measure`.
-        costs: Of the case and of the one that it names.
-        device: "cpu" or "cuda".
-        dtype: Of the inputs.
-        ceilings: From :func:`benchmarks.kernels.device.ceilings`; None on a CPU.
-    """
-    cost, other = costs[case.name], case.against
-    rows = []
-    for direction in directions:
-        flops = sum(cost.flops[part] for part in direction.split("+"))
-        moved = sum(cost.bytes[part] for part in direction.split("+"))
-        for provider in providers:
-            spent = times[case.name, provider, direction]
-            row: dict[str, Any] = {
-                "operator": operator.name,
-                "case": case.name,
-                "direction": direction,
-                "provider": provider,
-                "parameters": asdict(case),
-                "dtype": str(dtype).removeprefix("torch."),
-                "device": device,
-                "tokens": cost.tokens,
-                "pairs": cost.pairs,
-                "flops": flops,
-                "bytes": moved,
-                "repeats": len(spent),
-            }
-            if BASELINE in providers and provider != BASELINE:
-                row |= {"baseline": BASELINE, **ratios(times[case.name, BASELINE, direction], spent)}
-            if other is not None:
-                apart = zip(spent, times[other, provider, direction], strict=True)
-                per_pair = [own / cost.pairs / (plain / costs[other].pairs) for own, plain in apart]
-                row["per_pair"] = {"against": other, **spread(per_pair)}
-            if device == "cuda":
-                row |= {
-                    "ms": spread([1e3 * each for each in spent]),
-                    "tflops": spread([flops / each / 1e12 for each in spent]),
-                    "gbs": spread([moved / each / 1e9 for each in spent]),
-                }
-                row["share_of_matmul"] = row["tflops"]["median"] / ceilings["matmul_tflops"]
-                row["share_of_copy"] = row["gbs"]["median"] / ceilings["copy_gbs"]
-            elif provider == BASELINE and other is None:
-                continue
-            rows.append(row)
-    return rows
-
-
-def say(row: dict[str, Any]) -> str:
-    """A row for people."""
-    text = f"{row['case']:<24}{row['direction']:<9}{row['provider']:<11}"
-    if "ms" in row:
-        text += (
-            f"{row['ms']['median']:9.3f} ms ({row['ms']['low']:.3f} to {row['ms']['high']:.3f})  "
-            f"{row['tflops']['median']:6.1f} TFLOP/s ({row['share_of_matmul']:.0%})  "
-            f"{row['gbs']['median']:6.0f} GB/s ({row['share_of_copy']:.0%})  "
-        )
-    if "ratio" in row:
-        text += "{median:.2f}x ({low:.2f} to {high:.2f})  ".format(**row["ratio"])
-    if "per_pair" in row:
-        text += "per pair {median:.2f} ({low:.2f} to {high:.2f}) of {against}".format(**row["per_pair"])
-    return text.rstrip()
 
 
 def options_of(argv: list[str]) -> argparse.Namespace:
@@ -231,7 +62,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("operator")
-    parser.add_argument("--cases", nargs="+", help="names or families; all that are meant for the device if left out")
+    parser.add_argument("--cases", nargs="+", help="names or families, or: targets; all for the device if left out")
     parser.add_argument("--providers", nargs="+", help="backends; all that the device has if left out")
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--repeats", type=int, default=7)
@@ -241,6 +72,8 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--allocator", choices=("default", "kept"), default="default")
     parser.add_argument("--json", type=Path, help="append the rows here")
+    parser.add_argument("--out", type=Path, help="a folder for rows, a table and plots")
+    parser.add_argument("--base", help="a commit whose operator is timed alternately with this one")
     options = parser.parse_args(argv)
     for name in ("repeats", "layers"):
         if getattr(options, name) < 1:
@@ -260,35 +93,91 @@ def main(argv: list[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, operator = options.device, load(options.operator)
-    dtype = DTYPES[options.dtype or ("bfloat16" if device == "cuda" else "float32")]
-    cases = operator.select(options.cases, device)
+    word = options.dtype or ("bfloat16" if device == "cuda" else "float32")
+    dtype = DTYPES[word]
+    words = options.cases
+    if words == ["targets"]:
+        words = list(dict.fromkeys(target.case for target in targets.ATTENTION.values()))
+    cases = operator.select(words, device)
     providers = available(operator, cases[0], options.providers, device, dtype)
+    held = [name for name in providers if operator.other(name) is None]
     # The case that another is compared with is timed too, so it is checked too.
-    names = dict.fromkeys(name for case in cases for name in (case.name, case.against) if name is not None)
-    agreed = {name: check(operator, operator.case(name), providers, device, dtype) for name in names}
+    names = list(dict.fromkeys(name for case in cases for name in (case.name, case.against) if name is not None))
+    agreed = {name: check(operator, operator.case(name), held, device, dtype) for name in names}
     environment = describe(["benchmarks.kernels.run", *argv])
     ceilings = devices.ceilings() if device == "cuda" else None
-    print(heading(environment, device, ceilings), flush=True)
-    for case in cases:
-        fit = [name for name in providers if name in agreed[case.name] and name in agreed[case.against or case.name]]
-        for name in set(providers) - set(fit):
-            print(f"{case.name}: left out {name}, which needs more memory than the device has")
-        times = measure(operator, case, fit, options.directions, options.repeats, options.layers, device, dtype)
-        costs = {
-            name: operator.cost(operator.make(operator.case(name), device, dtype, SEED))
-            for name in (case.name, case.against)
-            if name is not None
-        }
-        common = {"layers": options.layers, "allocator": options.allocator, "environment": environment}
-        if ceilings is not None:
-            common |= {"ceilings": ceilings, "clocks": devices.clocks()}
-        for row in rows_of(operator, case, fit, options.directions, times, costs, device, dtype, ceilings):
-            print(say(row), flush=True)
-            if options.json:
-                row["agreement"] = asdict(agreed[case.name][row["provider"]])
-                with options.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row | common) + "\n")
+    clocks: dict[str, Timed] = {"here": timing.here(operator, device, dtype, options.layers)}
+    common = {"layers": options.layers, "allocator": options.allocator, "environment": environment}
+    found: list[dict[str, Any]] = []
+    past: list[str] = []
+    with ExitStack() as stack:
+        told = heading(environment, device, ceilings)
+        if options.base:
+            threads = options.threads or (torch.get_num_threads() if device == "cpu" else 0)
+            arguments = {"operator": operator.name, "device": device, "dtype": word, "layers": options.layers}
+            workers, commit = stack.enter_context(remotes(options.base, arguments | {"threads": threads}))
+            past = workers["base"].ask(what="available", case=cases[0].name, providers=None)
+            past = [name for name in held if name in past]
+            for name in names:
+                workers["base"].ask(what="check", case=name, providers=past)
+            clocks = {name: worker.timed for name, worker in workers.items()}
+            common["base_commit"] = commit
+            told += f"\nbase: commit {commit[:12]}"
+        print(told, flush=True)
+        for case in cases:
+            fit = [name for name in providers if fits(operator, name, agreed, case)]
+            for name in set(providers) - set(fit):
+                print(f"{case.name}: left out {name}, which needs more memory than the device has")
+            fit = able(operator, fit, case, device, dtype)
+            some = {"here": fit, "base": [name for name in fit if name in past]}
+            every = timing.measure(case, some, options.directions, options.repeats, clocks)
+            times, base = ({key[1:]: all_ for key, all_ in every.items() if key[0] == c} for c in ("here", "base"))
+            costs = {
+                name: operator.cost(operator.make(operator.case(name), device, dtype, SEED))
+                for name in (case.name, case.against)
+                if name is not None
+            }
+            if ceilings is not None:
+                common |= {"ceilings": ceilings, "clocks": devices.clocks()}
+            for row in rows_of(operator, case, fit, options.directions, times, costs, device, dtype, ceilings, base):
+                print(say(row), flush=True)
+                judged = targets.of_row(row) if device == "cuda" and row["provider"] in held else None
+                if judged is not None:
+                    print(f"  {judged['what']}: {judged['say']}")
+                    row["target"] = judged
+                if row["provider"] in held:
+                    row["agreement"] = asdict(agreed[case.name][row["provider"]])
+                found.append(row | common)
+                if options.json:
+                    with options.json.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(found[-1]) + "\n")
+    if options.out:
+        for path in figures.write(options.out, found, told):
+            print(f"wrote {path}")
     return 0
+
+
+def fits(operator: Operator, provider: str, agreed: dict[str, dict], case: Any) -> bool:
+    """Whether a provider ran the whole case, and the one that it is compared with."""
+    if operator.other(provider) is not None:
+        return True
+    return provider in agreed[case.name] and provider in agreed[case.against or case.name]
+
+
+def able(operator: Operator, providers: list[str], case: Any, device: str, dtype: torch.dtype) -> list[str]:
+    """Without the other functions that cannot do this case or the one that it is compared with."""
+    found = []
+    for provider in providers:
+        other = operator.other(provider)
+        try:
+            for name in (case.name, case.against) if other is not None else ():
+                if name is not None:
+                    other.prepare(operator.make(operator.case(name), device, dtype, SEED))
+        except (ValueError, torch.OutOfMemoryError) as error:
+            print(f"{case.name}: left out {provider}: {error}")
+            continue
+        found.append(provider)
+    return found
 
 
 def heading(environment: dict[str, Any], device: str, ceilings: dict[str, Any] | None) -> str:

@@ -46,6 +46,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.allocator import KEPT
 from benchmarks.train.plain import FORMS, PlainHSTU, rank_padded
 from gr import config as configs
 from gr.data.batch import JaggedBatch
@@ -73,8 +74,6 @@ PARTS = ("epoch", "losses", "evaluation", "memory")
 LOSS_LIMIT = 1e-3
 HIT_LIMIT = 1e-3
 WARM_UP = 2
-# One arena, nothing mapped apart, nothing given back: freed memory is used again without a page fault.
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_ARENA_MAX": "1"}
 
 
 class Learner:

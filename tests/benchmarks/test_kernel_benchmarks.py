@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.kernels import agreement, device, hstu_attention, registry, run, sampled_logits
+from benchmarks.kernels import agreement, device, hstu_attention, registry, rows, run, sampled_logits, timing
 from benchmarks.kernels.hstu_attention import AttentionCase
 from benchmarks.kernels.lengths import ML1M, lengths
 from benchmarks.kernels.sampled_logits import LogitsCase
@@ -63,8 +63,8 @@ def test_rows_say_what_was_measured_and_on_a_cpu_only_ratios(tiny, tmp_path, cap
     providers = set(MODULES[name].OPERATOR.providers())
     fast = {provider for provider in providers if any(row["provider"] == provider for row in rows)} - {"reference"}
     assert "cpu" in fast
-    expected = {(first.name, d, p) for d in run.DIRECTIONS for p in fast}
-    expected |= {(second.name, d, p) for d in run.DIRECTIONS for p in fast | {"reference"}}
+    expected = {(first.name, d, p) for d in timing.DIRECTIONS for p in fast}
+    expected |= {(second.name, d, p) for d in timing.DIRECTIONS for p in fast | {"reference"}}
     assert {(row["case"], row["direction"], row["provider"]) for row in rows} == expected and len(rows) == len(expected)
     for row in rows:
         assert row["operator"] == name and row["dtype"] == dtype and row["device"] == "cpu"
@@ -186,7 +186,7 @@ def test_a_backend_that_the_device_lacks_is_left_out_unless_asked_for(tiny, caps
 
     operator = replace(right, run=lacking, providers=lambda: ("reference", "cpu"))
     monkeypatch.setattr(hstu_attention, "OPERATOR", operator)
-    assert run.available(operator, operator.cases[0], None, "cpu", torch.float32) == ["reference"]
+    assert timing.available(operator, operator.cases[0], None, "cpu", torch.float32) == ["reference"]
     status, _, err = call(capsys, "hstu_attention", "--providers", "cpu")
     assert status == 2 and "'cpu' does not run on cpu: backend must be reference" in err
 
@@ -198,7 +198,7 @@ def test_providers_are_the_operators_backends_and_the_baseline_is_among_them(mon
     monkeypatch.setattr(attention_op, "BACKENDS", ("reference", "cpu", "new"))
     assert operator.providers() == ("reference", "cpu", "new")
     case = TINY["hstu_attention"][0]
-    assert run.available(operator, case, ["cpu"], "cpu", torch.float32) == ["reference", "cpu"]
+    assert timing.available(operator, case, ["cpu"], "cpu", torch.float32) == ["reference", "cpu"]
 
 
 def test_a_name_runs_anywhere_and_a_family_where_it_is_meant_to(tiny):
@@ -281,7 +281,7 @@ def test_shipped_cases_name_each_other_rightly(name):
     names = [case.name for case in operator.cases]
     assert operator.name == name and len(set(names)) == len(names)
     for case in operator.cases:
-        assert case.device in ("cpu", "cuda")
+        assert case.device in ("cpu", "cuda", "none")
         assert case.against is None or operator.case(case.against).device == case.device
 
 
@@ -296,7 +296,7 @@ def test_rows_of_a_gpu_hold_rates_and_their_shares_of_what_the_gpu_does_at_best(
         ("half", "new", "fwd+bwd"): [0.05, 0.05, 0.05],
     }
     best = {"matmul_tflops": 700.0, "copy_gbs": 3000.0}
-    (row,) = run.rows_of(
+    (row,) = rows.rows_of(
         hstu_attention.OPERATOR, case, ["new"], ["fwd+bwd"], times, costs, "cuda", torch.bfloat16, best
     )
     assert row["ms"] == pytest.approx({"median": 100, "low": 70, "high": 200})
@@ -304,7 +304,7 @@ def test_rows_of_a_gpu_hold_rates_and_their_shares_of_what_the_gpu_does_at_best(
     assert row["gbs"]["median"] == pytest.approx(30) and row["share_of_copy"] == pytest.approx(0.01)
     assert row["share_of_matmul"] == pytest.approx(0.2) and "ratio" not in row
     assert row["per_pair"] == pytest.approx({"against": "half", "median": 1.0, "low": 0.7, "high": 2.0})
-    assert "140.0 TFLOP/s (20%)" in run.say(row) and "per pair 1.00 (0.70 to 2.00) of half" in run.say(row)
+    assert "140.0 TFLOP/s (20%)" in rows.say(row) and "per pair 1.00 (0.70 to 2.00) of half" in rows.say(row)
 
 
 def test_clocks_are_read_from_what_nvidia_smi_says():
