@@ -68,8 +68,16 @@ class _Problem:
         return np.concatenate([share[:-1], -share[:-1] * self.logs, share[-1:]]).T
 
     def objective(self, params: np.ndarray) -> float:
-        size = np.abs(self.residuals(params))
-        return float(np.where(size <= DELTA, size**2 / 2, DELTA * (size - DELTA / 2)).sum())
+        return float(self.objectives(params[None])[0])
+
+    def objectives(self, starts: np.ndarray) -> np.ndarray:
+        """(m,) for (m, 2 k + 1) parameter vectors at once."""
+        k = self.k
+        total = np.broadcast_to(starts[:, -1:], (len(starts), self.target.size))
+        for i in range(k):
+            total = np.logaddexp(total, starts[:, i : i + 1] - starts[:, k + i : k + i + 1] * self.logs[i])
+        size = np.abs(total - self.target)
+        return np.where(size <= DELTA, size**2 / 2, DELTA * (size - DELTA / 2)).sum(1)
 
     def refine(self, start: np.ndarray) -> np.ndarray:
         low, high = self.bounds
@@ -109,6 +117,6 @@ def fit_law(axes: np.ndarray, loss: np.ndarray, start: Law | None = None) -> Law
     if start is not None:
         return problem.law(problem.refine(problem.params(start)))
     starts = problem.starts()
-    order = np.argsort([problem.objective(params) for params in starts], kind="stable")
+    order = np.argsort(problem.objectives(starts), kind="stable")
     found = [problem.refine(params) for params in starts[order[:REFINED]]]
     return problem.law(min(found, key=problem.objective))
