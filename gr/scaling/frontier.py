@@ -1,4 +1,4 @@
-"""What a law says of the best size for a budget, when FLOPs a token are not 6 N; and the compute that two models need."""
+"""The best size for a budget where FLOPs a token are not 6 N, and the compute that two models need for one loss."""
 
 from __future__ import annotations
 

@@ -135,9 +135,9 @@ RECIPES: dict[str, Recipe] = {
             batch_tokens=1100.0,
             batch_budget=1e12,
             max_batch_tokens=16384.0,
-            chosen="two layers, the dial is the width; the learning rate at width 64 is the best of four on the default "
-            "planted world (benchmarks/results/planted_tuning.jsonl); its change with width and the batch's with budget "
-            "are taken from language models",
+            chosen="two layers, the dial is the width; the learning rate at width 64 is the best of four on the "
+            "default planted world (benchmarks/results/planted_tuning.jsonl); its change with width and the batch's "
+            "with budget are taken from language models",
         ),
         Recipe(
             name="sasrec-width-1",

@@ -17,6 +17,7 @@ from gr.scaling.store import all_runs, read_json, write_text
 COLUMNS = ("run_id", "budget", "n_encoder", "tokens", "model_flops", "loss")
 MEASURED = ("steps", "tokens", "pairs", "model_flops", "flops_dense", "flops_attention", "flops_head", "n_encoder",
             "n_dense", "n_sparse", "train_loss", "loss_floor")  # fmt: skip
+METRICS = ("hr@", "ndcg@", "mrr")
 ALIKE = {
     "variant": "choose one with --variant",
     "recipe": "fit each recipe by itself",
@@ -94,12 +95,20 @@ def read_runs(path: Path, variant: str | None = None) -> tuple[list[dict[str, An
         for name in COLUMNS[1:]:
             row[name] = _number(path, row, name)
         row["holdout"] = row.get("holdout") in ("1", "True", "true")
+        row |= {name: _metric(row[name]) for name in names if name.startswith(METRICS)}
         good.append(row)
     for name, right in ALIKE.items():
         found = sorted({row.get(name) or "" for row in good})
         if len(found) > 1:
             raise UserError(f"{path} mixes {name} {found[0]!r} and {found[1]!r}; {right}")
     return good, excluded
+
+
+def _metric(text: str) -> float | str:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return text
 
 
 def _number(path: Path, row: dict[str, Any], name: str) -> float:
