@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
+from gr.errors import UserError
 from gr.scaling.bootstrap import spread
 from gr.scaling.law import Law
 
@@ -77,3 +78,31 @@ def multiplier(
     pairs = list(zip(first[1], second[1], strict=False))
     every = [compute_for(b, second[2], loss, second[3]) / compute_for(a, first[2], loss, first[3]) for a, b in pairs]
     return {"loss": loss, "multiplier": at, "interval": spread(every) if every else None}
+
+
+def compare(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
+    """Multipliers at three losses that both have reached: the best of the worse one, and two on the way there.
+
+    Args:
+        first: From ``fit.fit_runs``.
+        second: The same of the other; its runs and the first's must overlap in loss.
+
+    Raises:
+        UserError: They do not.
+    """
+    sides, ranges = [], []
+    for fitted in (first, second):
+        laws = [Law(raw["floor"], tuple(raw["factors"]), tuple(raw["exponents"]), 0.0) for raw in fitted["bootstrap"]]
+        raw, price = fitted["surface"], Price(fitted["price"])
+        law = Law(raw["floor"], tuple(raw["factors"]), tuple(raw["exponents"]), raw["objective"])
+        sizes = np.geomspace(fitted["n_range"][0] / 10, fitted["n_range"][1] * 10, 801)
+        sides.append((law, laws, price, sizes))
+        ends = [best_size(law, price, fitted["budgets"][i], sizes)[2] for i in (0, -1)]
+        ranges.append((ends[1], ends[0]))
+    low, high = max(r[0] for r in ranges), min(r[1] for r in ranges)
+    if low >= high:
+        raise UserError(
+            f"no loss was reached by both: one has {ranges[0][0]:.4f} to {ranges[0][1]:.4f}, the other "
+            f"{ranges[1][0]:.4f} to {ranges[1][1]:.4f}; give both more budgets"
+        )
+    return [multiplier(sides[0], sides[1], low + share * (high - low)) for share in (0.5, 0.25, 0.0)]
