@@ -68,7 +68,7 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
     }
     condition, correlation = conditioning(axes, loss, surface)
     _warn(surface, laws, correlation, notes)
-    quality = {name: found for name in _metrics(fitted) if (found := _quality(fitted, name)) is not None}
+    quality = {name: form for name in _metrics(fitted) if (form := _quality(fitted, name)) is not None}
     price = Price.of(fitted)
     result: dict[str, Any] = {
         "objective": OBJECTIVE,
@@ -191,13 +191,13 @@ def _intervals(laws: list[Law]) -> dict[str, list[float]] | None:
 
 def _held_out(row: dict[str, Any], fitted: dict[str, Any], laws: list[Law]) -> dict[str, Any]:
     n, d = row["n_encoder"], row["tokens"]
-    said = float(law_of(fitted["surface"])(n, d))
-    found = {"run_id": row["run_id"], "budget": row["budget"], "n_encoder": n, "loss": row["loss"], "predicted": said}
+    loss = float(law_of(fitted["surface"])(n, d))
+    found = {"run_id": row["run_id"], "budget": row["budget"], "n_encoder": n, "loss": row["loss"], "predicted": loss}
     found |= {"interval": _law_interval(laws, n, d), "run_interval": _run_interval(fitted, laws, n, d)}
-    found["relative_error"] = said / row["loss"] - 1
+    found["relative_error"] = loss / row["loss"] - 1
     found["quality"] = {
-        name: {"seen": row[name], **told, "error": told["predicted"] - row[name]}
-        for name, told in _told(fitted, row["budget"], n, d).items()
+        name: {"seen": row[name], **said, "error": said["predicted"] - row[name]}
+        for name, said in told(fitted, row["budget"], n, d).items()
         if isinstance(row.get(name), float)
     }
     line = fitted["line"]
@@ -214,7 +214,7 @@ def _run_interval(fitted: dict[str, Any], laws: Sequence[Law], n: float, d: floa
     return run_interval(laws, n, d, max(noise["scatter"], noise["seed"] or 0.0), noise["drift"])
 
 
-def _told(fitted: dict[str, Any], budget: float, n: float, d: float) -> dict[str, Any]:
+def told(fitted: dict[str, Any], budget: float, n: float, d: float) -> dict[str, Any]:
     """Each metric's ``predicted`` and ``interval``: of its form's scatter and error on the largest fitted budget."""
     found = {}
     for name, raw in fitted["quality"].items():
@@ -269,5 +269,5 @@ def predict(fitted: dict[str, Any], budget: float, sizes: list[tuple[float, floa
         "index": index,
         "at_end": n in ends,
         "line": None if line is None else float(law_of(line)(budget)),
-        "quality": _told(fitted, budget, n, d),
+        "quality": told(fitted, budget, n, d),
     }

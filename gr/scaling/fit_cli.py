@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from gr.errors import UserError
+from gr.scaling.table import fits_path, read_fit, read_runs, table_hash
 
 SCALES_TRIED = 4  # times the largest scale of the study
 
@@ -56,20 +56,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def table_hash(path: Path) -> str:
-    """Of a table, as a fit remembers it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def fits_path(table: Path, variant: str | None) -> Path:
-    """Where the fit of a table lies."""
-    return table.with_name(f"fits_{variant}.json" if variant else "fits.json")
-
-
 def _fit(args: argparse.Namespace) -> int:
     from gr.scaling.fit import fit_runs
     from gr.scaling.store import write_json
-    from gr.scaling.table import read_runs
 
     table = Path(args.runs)
     rows, excluded = read_runs(table, args.variant)
@@ -127,8 +116,6 @@ def _fresh_fit(table: Path, variant: str | None) -> dict[str, Any]:
     Raises:
         UserError: There is none, or it is of another table.
     """
-    from gr.scaling.table import read_fit
-
     fits = fits_path(table, variant)
     fitted = read_fit(fits)
     if not table.is_file() or fitted["table"] != table_hash(table):
@@ -193,7 +180,6 @@ def _compare(args: argparse.Namespace) -> int:
     from gr.scaling.fit import fit_runs
     from gr.scaling.frontier import compare
     from gr.scaling.store import write_json
-    from gr.scaling.table import read_runs
 
     table = Path(args.runs)
     names = (args.first, args.second)

@@ -6,6 +6,7 @@ Needs no torch, and reads tables of other systems: ``COLUMNS`` are the ones that
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 from pathlib import Path
@@ -119,6 +120,16 @@ def _number(path: Path, row: dict[str, Any], name: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"{path}: run {row['run_id']} has {name} {row[name]!r}; it must be a number above 0")
     return value
+
+
+def table_hash(path: Path) -> str:
+    """Of a table, as a fit remembers it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def fits_path(table: Path, variant: str | None) -> Path:
+    """Where the fit of a table lies."""
+    return table.with_name(f"fits_{variant}.json" if variant else "fits.json")
 
 
 def read_fit(path: Path) -> dict[str, Any]:
