@@ -16,7 +16,7 @@ import numpy as np
 from gr.scaling.law import Law, fit_law
 
 Rows = Sequence[dict[str, Any]]
-FEWEST_BUDGETS = 4  # one to try the forms on, three for the largest of them
+FEWEST_BUDGETS = 3  # one to try the forms on, and two for a line
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def fit_quality(rows: Rows, metric: str) -> tuple[Quality, dict[str, float]] | N
     before = [row for row in rows if row["budget"] < budgets[-1]]
     last = best_of_budgets([row for row in rows if row["budget"] == budgets[-1]], metric)[0]
     at = (last["budget"], last["n_encoder"], last["tokens"])
-    errors = {name: abs(form(before, metric)(*at) - last[metric]) for name, form in FORMS.items()}
+    able = {name: form for name, form in FORMS.items() if len(budgets) > FEWEST_BUDGETS or name != "saturating"}
+    errors = {name: abs(form(before, metric)(*at) - last[metric]) for name, form in able.items()}
     best = min(errors, key=lambda name: errors[name])
     return FORMS[best](rows, metric), errors
