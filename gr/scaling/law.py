@@ -17,6 +17,7 @@ from scipy.optimize import least_squares
 DELTA = 1e-3
 REFINED = 24
 MOST = 5.0  # largest exponent looked for
+MAX_EVALUATIONS = 400  # of one refinement; tens are usual
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Law:
         factors: A_k.
         exponents: alpha_k.
         objective: Sum of the Huber terms.
+        converged: Whether the search ended by itself.
     """
 
     floor: float
     factors: tuple[float, ...]
     exponents: tuple[float, ...]
     objective: float
+    converged: bool = True
 
     def __call__(self, *axes: np.ndarray | float) -> np.ndarray:
         """Losses at axes such as N and D."""
@@ -68,17 +71,25 @@ class _Problem:
         return np.concatenate([share[:-1], -share[:-1] * self.logs, share[-1:]]).T
 
     def objective(self, params: np.ndarray) -> float:
-        size = np.abs(self.residuals(params))
-        return float(np.where(size <= DELTA, size**2 / 2, DELTA * (size - DELTA / 2)).sum())
+        return float(self.objectives(params[None])[0])
 
-    def refine(self, start: np.ndarray) -> np.ndarray:
+    def objectives(self, starts: np.ndarray) -> np.ndarray:
+        """(m,) for (m, 2 k + 1) parameter vectors at once."""
+        k = self.k
+        total = np.broadcast_to(starts[:, -1:], (len(starts), self.target.size))
+        for i in range(k):
+            total = np.logaddexp(total, starts[:, i : i + 1] - starts[:, k + i : k + i + 1] * self.logs[i])
+        size = np.abs(total - self.target)
+        return np.where(size <= DELTA, size**2 / 2, DELTA * (size - DELTA / 2)).sum(1)
+
+    def refine(self, start: np.ndarray) -> tuple[np.ndarray, bool]:
         low, high = self.bounds
         inside = np.clip(start, low + 1e-9, high - 1e-9)
         found = least_squares(
             self.residuals, inside, self.jacobian, self.bounds, x_scale="jac", loss="huber", f_scale=DELTA,
-            ftol=1e-12, xtol=1e-12, gtol=1e-14, max_nfev=400,
+            ftol=1e-12, xtol=1e-12, gtol=1e-14, max_nfev=MAX_EVALUATIONS,
         )  # fmt: skip
-        return found.x
+        return found.x, found.status > 0
 
     def starts(self) -> np.ndarray:
         """(4500, 5) for two axes: sizes of the terms at the centre, exponents, and E below the least loss."""
@@ -87,10 +98,11 @@ class _Problem:
         exponents, floors = (0.05, 0.2, 0.5, 1.0, 2.0), least - np.array([0.01, 0.1, 0.3, 1.0, 2.0])
         return np.array(list(itertools.product(*[sizes] * self.k, *[exponents] * self.k, floors)))
 
-    def law(self, params: np.ndarray) -> Law:
+    def law(self, params: np.ndarray, converged: bool) -> Law:
         exponents = params[self.k : 2 * self.k]
         factors = np.exp(params[: self.k] + exponents * self.mean)
-        return Law(float(np.exp(params[-1])), tuple(factors), tuple(exponents), self.objective(params))
+        floor, factors, exponents = np.exp(params[-1]), map(float, factors), map(float, exponents)
+        return Law(float(floor), tuple(factors), tuple(exponents), self.objective(params), converged)
 
     def params(self, law: Law) -> np.ndarray:
         exponents = np.array(law.exponents)
@@ -107,8 +119,24 @@ def fit_law(axes: np.ndarray, loss: np.ndarray, start: Law | None = None) -> Law
     """
     problem = _Problem(np.asarray(axes, float), np.asarray(loss, float))
     if start is not None:
-        return problem.law(problem.refine(problem.params(start)))
+        return problem.law(*problem.refine(problem.params(start)))
     starts = problem.starts()
-    order = np.argsort([problem.objective(params) for params in starts], kind="stable")
+    order = np.argsort(problem.objectives(starts), kind="stable")
     found = [problem.refine(params) for params in starts[order[:REFINED]]]
-    return problem.law(min(found, key=problem.objective))
+    best = min(problem.objective(params) for params, _ in found)
+    # Among ends of one objective, one whose search was not cut short.
+    ends = [(not over, i) for i, (params, over) in enumerate(found) if problem.objective(params) <= best * (1 + 1e-6)]
+    return problem.law(*found[min(ends)[1]])
+
+
+def conditioning(axes: np.ndarray, loss: np.ndarray, law: Law) -> tuple[float, float]:
+    """How well runs determine a law: (condition number of the Jacobian, largest |correlation| of two parameters)."""
+    problem = _Problem(np.asarray(axes, float), np.asarray(loss, float))
+    jacobian = problem.jacobian(problem.params(law))
+    values = np.linalg.svd(jacobian, compute_uv=False)
+    if values[-1] <= 1e-12 * values[0]:
+        return float("inf"), 1.0
+    covariance = np.linalg.inv(jacobian.T @ jacobian)
+    scale = np.sqrt(np.diag(covariance))
+    apart = np.abs(covariance / np.outer(scale, scale)) - np.eye(len(scale))
+    return float(values[0] / values[-1]), float(apart.max())

@@ -6,9 +6,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from gr.errors import UserError
-from gr.modules.hstu import HSTUConfig
 from gr.scaling.design import Cell
 from gr.training.config import ScheduleConfig
 from gr.training.run_config import RunConfig
@@ -20,6 +20,7 @@ class Recipe:
 
     Attributes:
         name: Its name in RECIPES.
+        encoder: Kind of encoder it makes: hstu, or transformer with a feed-forward part of width D.
         width_per_scale: D = width_per_scale * s, rounded to whole heads.
         head_width: Heads = D / head_width; d_qk = d_v = head_width.
         depth_base: Layers = depth_base + depth_per_scale * ceil(s / 2).
@@ -40,6 +41,7 @@ class Recipe:
     """
 
     name: str
+    encoder: Literal["hstu", "transformer"] = "hstu"
     width_per_scale: int
     head_width: int
     depth_base: int = 2
@@ -69,10 +71,10 @@ class Recipe:
         Raises:
             UserError: The base's encoder is of another kind, or it stops early.
         """
-        if not isinstance(base.model.encoder, HSTUConfig):
+        if base.model.encoder.kind != self.encoder:
             raise UserError(
-                f"recipe {self.name} makes an hstu encoder, the base config {base.name} has "
-                f"{base.model.encoder.kind!r}; give one of encoder.kind hstu"
+                f"recipe {self.name} makes an encoder of kind {self.encoder}, the base config {base.name} has "
+                f"{base.model.encoder.kind!r}; give one of encoder.kind {self.encoder}"
             )
         if base.train.early_stopping is not None:
             raise UserError(
@@ -80,13 +82,9 @@ class Recipe:
                 "is spent: set it to null"
             )
         dim, layers = self.width(cell.scale), self.layers(cell.scale)
-        encoder = dataclasses.replace(
-            base.model.encoder,
-            num_layers=layers,
-            num_heads=dim // self.head_width,
-            dim_qk=self.head_width,
-            dim_v=self.head_width,
-        )
+        widths = {"dim_qk": self.head_width, "dim_v": self.head_width} if self.encoder == "hstu" else {"ffn_dim": dim}
+        heads = dim // self.head_width
+        encoder = dataclasses.replace(base.model.encoder, num_layers=layers, num_heads=heads, **widths)
         optimizer = dataclasses.replace(base.train.optimizer, lr=self.lr * (dim / self.lr_width) ** -self.lr_exponent)
         return dataclasses.replace(
             base,
@@ -124,6 +122,37 @@ RECIPES: dict[str, Recipe] = {
             max_batch_tokens=16384.0,
             chosen="the learning rate at its reference width is that of configs/quickstart.yaml; its change with width "
             "and the batch's with budget are taken from language models and not verified here",
+        ),
+        Recipe(
+            name="hstu-width-1",
+            width_per_scale=8,
+            head_width=8,
+            depth_base=2,
+            depth_per_scale=0,
+            lr=0.004,
+            lr_width=64,
+            lr_exponent=0.5,
+            batch_tokens=1100.0,
+            batch_budget=1e12,
+            max_batch_tokens=16384.0,
+            chosen="two layers, the dial is the width; the learning rate is the best of three (a factor 2 apart) at "
+            "width 32 and 1e11 FLOPs on a planted world; its change with width and the batch's with budget are taken "
+            "from language models",
+        ),
+        Recipe(
+            name="sasrec-width-1",
+            encoder="transformer",
+            width_per_scale=8,
+            head_width=8,
+            depth_base=2,
+            depth_per_scale=0,
+            lr=0.004,
+            lr_width=64,
+            lr_exponent=0.5,
+            batch_tokens=1100.0,
+            batch_budget=1e12,
+            max_batch_tokens=16384.0,
+            chosen="as hstu-width-1, the learning rate the better of two in the same search",
         ),
     )
 }

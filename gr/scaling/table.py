@@ -6,6 +6,7 @@ Needs no torch, and reads tables of other systems: ``COLUMNS`` are the ones that
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from gr.scaling.store import all_runs, read_json, write_text
 COLUMNS = ("run_id", "budget", "n_encoder", "tokens", "model_flops", "loss")
 MEASURED = ("steps", "tokens", "pairs", "model_flops", "flops_dense", "flops_attention", "flops_head", "n_encoder",
             "n_dense", "n_sparse", "train_loss", "loss_floor")  # fmt: skip
+METRICS = ("hr@", "ndcg@", "mrr")
 ALIKE = {
     "variant": "choose one with --variant",
     "recipe": "fit each recipe by itself",
@@ -94,12 +96,20 @@ def read_runs(path: Path, variant: str | None = None) -> tuple[list[dict[str, An
         for name in COLUMNS[1:]:
             row[name] = _number(path, row, name)
         row["holdout"] = row.get("holdout") in ("1", "True", "true")
+        row |= {name: _metric(row[name]) for name in names if name.startswith(METRICS)}
         good.append(row)
     for name, right in ALIKE.items():
         found = sorted({row.get(name) or "" for row in good})
         if len(found) > 1:
             raise UserError(f"{path} mixes {name} {found[0]!r} and {found[1]!r}; {right}")
     return good, excluded
+
+
+def _metric(text: str) -> float | str:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return text
 
 
 def _number(path: Path, row: dict[str, Any], name: str) -> float:
@@ -110,6 +120,16 @@ def _number(path: Path, row: dict[str, Any], name: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"{path}: run {row['run_id']} has {name} {row[name]!r}; it must be a number above 0")
     return value
+
+
+def table_hash(path: Path) -> str:
+    """Of a table, as a fit remembers it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def fits_path(table: Path, variant: str | None) -> Path:
+    """Where the fit of a table lies."""
+    return table.with_name(f"fits_{variant}.json" if variant else "fits.json")
 
 
 def read_fit(path: Path) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""A table's models, each with its fit: the one on disk if it is of this table, else made now."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from gr.errors import UserError
+from gr.scaling.fit import fit_runs
+from gr.scaling.store import read_json
+from gr.scaling.table import fits_path, read_runs, table_hash
+
+
+def variants(table: Path) -> list[str | None]:
+    """Names in the order of the table; ``[None]`` where it has one model or no column.
+
+    Raises:
+        UserError: No such file.
+    """
+    try:
+        with open(table, encoding="utf-8", newline="") as file:
+            found = list(dict.fromkeys(row.get("variant") or "" for row in csv.DictReader(file)))
+    except OSError as error:
+        raise UserError(f"{table} cannot be read: {error.strerror}; gr-scaling collect STUDY writes it") from None
+    return sorted(found) if len(found) > 1 else [None]
+
+
+def read_fits(table: Path, samples: int) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Runs and fit of each model; the name is empty where there is one.
+
+    Args:
+        table: ``runs.csv``.
+        samples: Bootstrap samples of a fit that is made here.
+    """
+    found = {}
+    for variant in variants(table):
+        rows, excluded = read_runs(table, variant)
+        fitted = read_json(fits_path(table, variant))
+        if not isinstance(fitted, dict) or fitted.get("table") != table_hash(table):
+            fitted = {"table": table_hash(table), "variant": variant, "excluded": excluded, **fit_runs(rows, samples)}
+        found[variant or ""] = (rows, fitted)
+    return found
