@@ -38,15 +38,15 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
         ``condition``, ``correlation``, ``runs``, ``budgets``, ``notes``.
 
     Raises:
-        UserError: Too few runs, sizes or budgets, or no search that ends.
+        UserError: Too few runs, sizes or budgets.
     """
     fitted = [row for row in rows if not row["holdout"]]
     budgets = _enough(fitted)
     axes, loss = _axes(fitted), np.array([row["loss"] for row in fitted])
     surface = fit_law(axes, loss)
-    if not surface.converged:
-        raise UserError("the fit did not converge: the runs do not determine a law; add sizes or budgets")
     notes: list[str] = []
+    if not surface.converged:
+        notes.append("the fit did not converge: these runs do not determine the law; add sizes or budgets")
     laws, by_seed = _bootstraps(fitted, budgets, surface, samples, notes)
     front = envelope(fitted)
     line = None

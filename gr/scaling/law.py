@@ -87,7 +87,7 @@ class _Problem:
         inside = np.clip(start, low + 1e-9, high - 1e-9)
         found = least_squares(
             self.residuals, inside, self.jacobian, self.bounds, x_scale="jac", loss="huber", f_scale=DELTA,
-            ftol=1e-12, xtol=1e-12, gtol=1e-14, max_nfev=MAX_EVALUATIONS,
+            ftol=1e-9, xtol=1e-9, gtol=1e-14, max_nfev=MAX_EVALUATIONS,
         )  # fmt: skip
         return found.x, found.status > 0
 
