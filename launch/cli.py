@@ -60,8 +60,9 @@ def _parser(launcher: str) -> argparse.ArgumentParser:
 
 
 def _show(command: Command) -> int:
-    ours = [name for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME") if name in command.env]
-    print(*(f"{name}={command.env[name]}" for name in ours), shlex.join(command.argv))
+    names = ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+    ours = [f"{name}={command.env[name]}" for name in names if name in command.env]
+    print(*ours, shlex.join(command.argv))
     return 0
 
 

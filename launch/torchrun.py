@@ -98,7 +98,9 @@ def build(
     check_counts(nproc, max_restarts)
     nodes.check()
     launcher = [python or sys.executable, "-m", "torch.distributed.run"]
-    more = dict(threads(nproc, cores))
+    # Without a store of its own each round of workers finds the addresses of the round before it in the shared one, and
+    # whoever starts first connects to the dead (torch 2.13: "connectFullMesh ... Connection refused").
+    more = {**threads(nproc, cores), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     if nodes.most == 1:
         launcher.append("--standalone")
     else:

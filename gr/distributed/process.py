@@ -26,7 +26,7 @@ from gr.errors import PeerLost, UserError
 _LIMB = 31
 """Integers cross ranks as two int64 limbs of this many low bits: FLOP counts of a large job exceed 2**63."""
 
-_MEETING_PATIENCE_S = 20.0
+_MEETING_PATIENCE_S = 25.0
 """How long a process waits for rank 0 to listen."""
 # How collectives tell of a peer that is gone: gloo and NCCL raise plain RuntimeErrors, the store DistErrors.
 _GONE = re.compile(r"gloo|nccl|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|socket", re.IGNORECASE)
@@ -230,8 +230,8 @@ def _from_environment() -> tuple[int, int, int]:
 def _check_meeting_place(rank: int) -> None:
     """One sentence in place of what torch's store says of a port in use or an address where nobody is."""
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return  # torchrun's own, and already there
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return  # torchrun has seen to it, and starts again those who do not find each other
     if not host or not port.isdigit():
         raise UserError(
             f"environment variables MASTER_ADDR={host!r} and MASTER_PORT={port!r} must name where rank 0 listens, "

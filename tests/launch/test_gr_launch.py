@@ -39,7 +39,7 @@ def test_command_runs_the_training_module_under_torchrun() -> None:
     command = torchrun.build("a.yaml", ["--seed", "2"], nproc=2, cores=8, env={"HOME": "/h"}, python="py")
     expected = "py -m torch.distributed.run --standalone --nproc-per-node=2 -m gr.train a.yaml --seed 2"
     assert list(command.argv) == expected.split()
-    assert command.env == {"HOME": "/h", "OMP_NUM_THREADS": "4"}
+    assert command.env == {"HOME": "/h", "OMP_NUM_THREADS": "4", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 @pytest.mark.parametrize(("cores", "nproc", "threads"), [(8, 3, "2"), (2, 8, "1"), (1, 1, "1")])

@@ -68,7 +68,7 @@ def test_a_port_in_use_and_a_store_that_nobody_keeps_are_told_in_one_sentence(mo
         server.listen()
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
-        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
         with pytest.raises(UserError, match="port .* cannot be listened on"):
             process.start("cpu", rank=0, world=2)
     monkeypatch.setattr(process, "_MEETING_PATIENCE_S", 0.1)
