@@ -88,8 +88,9 @@ def test_triton_is_taken_by_name_alone_and_refused_where_it_cannot_run(monkeypat
 def test_deterministic_is_granted_on_a_gpu_and_refused_of_the_reference():
     with FakeTensorMode():
         q, k, v = (torch.empty(6, 2, 16, device="cuda") for _ in range(3))
-        offsets, bias = torch.tensor([0, 2, 6], device="cuda"), RelativeBias(torch.empty(15, device="cuda"))
-        call = {"max_seq_len": 8, "divisor": 1.0, "alpha": 1.0, "deterministic": True, "bias": bias}
+        offsets, table = torch.tensor([0, 2, 6], device="cuda"), torch.empty(15, device="cuda")
+        call = {"max_seq_len": 8, "divisor": 1.0, "alpha": 1.0, "deterministic": True}
+        call["bias"] = RelativeBias(position_table=table)
         assert hstu_attention(q, k, v, offsets, **call, backend="triton").shape == v.shape
         with pytest.raises(ValueError, match="^deterministic must be False off the CPU for the reference"):
             hstu_attention(q, k, v, offsets, **call, backend="reference")
