@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
     predict.add_argument("--flops", type=float, required=True, help="the budget in model FLOPs")
     predict.add_argument("--study", metavar="STUDY.yaml", help="chooses among what its recipe can make")
     predict.add_argument("--config", metavar="OUT.yaml", help="writes the chosen run for gr-train; with --study")
-    predict.add_argument("--out", metavar="OUT.json", help="writes the prediction, to be committed before its run")
+    predict.add_argument("--save", metavar="OUT.json", help="writes the prediction, to be committed before its run")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -155,9 +155,9 @@ def _predict(args: argparse.Namespace, overrides: list[str]) -> int:
 
             write_config(spec, Path(args.config))
             print(f"gr-train {args.config}")
-    if args.out:
-        write_json(Path(args.out), told)
-        print(args.out)
+    if args.save:
+        write_json(Path(args.save), told)
+        print(args.save)
     return 0
 
 
