@@ -55,10 +55,10 @@ def try_out(key: Key, context: Context) -> Result:
     refused = refuse(context)
     if refused is not None:
         return refused
-    used, other = Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)
+    used, other = Tile(16, 16, 4, 1), Tile(32, 32, 4, 1)
     case = replace(tune.case_of(key, 65), **{**TINY, "longest": 65})
     found = tune.tune(key, used, [other], {}, _Fake(tune.clock(key, case, context.device, torch.float16), other))
-    assert found["tile"] == {"block_m": 32, "block_n": 16, "num_warps": 4, "num_stages": 1}
+    assert found["tile"] == {"block_m": 32, "block_n": 32, "num_warps": 4, "num_stages": 1}
     assert tiles.choose(key) == other and tiles.read(tiles.user_file())[key] == other
     return {"say": "ran with a made-up clock; a CPU finds no tile"}
 

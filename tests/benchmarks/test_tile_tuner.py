@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -90,7 +90,10 @@ def test_what_is_found_goes_into_the_users_table_which_the_operator_reads(user_f
     tune.tune(KEY, FAST, [SLOW], {}, made_up({SLOW: 2.0, FAST: 1.0}))
     assert tiles.read(user_file) == {other: FAST, KEY: FAST}
     # Another architecture and another length keep their own.
-    assert tiles.choose(Key(80, "forward", True, 128, False, 1 << 62)) != FAST
+    elsewhere = Key(80, "forward", True, 128, False, 0)
+    assert tiles.choose(replace(elsewhere, length=1 << 62)) == tiles.shipped()[elsewhere]
+    shorter = replace(KEY, length=512)
+    assert tiles.choose(shorter) == tiles.shipped()[replace(KEY, length=0)] != FAST
 
 
 @pytest.fixture

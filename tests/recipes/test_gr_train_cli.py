@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import resource
@@ -28,10 +29,12 @@ def weights(folder, name="tiny"):
 def wait_for_step(folder, step, process):
     """Returns once metrics.jsonl holds ``step``; the run logs every step."""
     path = folder / "runs" / "tiny" / "metrics.jsonl"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 200
     while time.monotonic() < until and process.poll() is None:
         if path.exists() and re.search(rf'"step": {step}\b', path.read_text()):
             return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.05)  # leaves the processor to the run
     pytest.fail(f"no step {step}: {process.communicate(timeout=5)}")
 
 
