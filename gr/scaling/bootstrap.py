@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gr.scaling.law import Law, fit_law
+from gr.scaling.law import Law, axes_of, fit_law
 
 LEVEL = (2.5, 97.5)
 
@@ -61,7 +61,7 @@ def bootstrap(rows: Sequence[dict[str, Any]], start: Law, samples: int, way: str
             other seeds had been.
     """
     draw = np.random.default_rng(0)
-    axes = np.array([[row[name] for row in rows] for name in ("n_encoder", "tokens")])
+    axes = axes_of(rows)
     loss = np.array([row["loss"] for row in rows])
     for _ in range(samples):
         pick, moved = WAYS[way](rows, draw)

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import argparse
 
-from gr.errors import Parser, run_cli
+from gr.errors import Parser, UserError, run_cli
 from gr.scaling import fit_cli
-from gr.scaling.fit_cli import add_commands
 
 STUDY_COMMANDS = ("plan", "run", "status", "collect")
 
@@ -26,13 +25,15 @@ def parser() -> argparse.ArgumentParser:
         study.add_argument("study", metavar="STUDY.yaml")
     selftest = commands.add_parser("selftest", help="plans, runs, fits and predicts a tiny study; a minute")
     selftest.add_argument("--out", metavar="FOLDER", help="keeps its files there")
-    add_commands(commands)
+    fit_cli.add_commands(commands)
     return parse
 
 
 def main(argv: list[str]) -> int:
     """Parses and does."""
     args, rest = parser().parse_known_args(argv)
+    if rest and args.command not in (*STUDY_COMMANDS, "predict"):
+        raise UserError(f"unknown argument {rest[0]!r}; see gr-scaling {args.command} --help")
     if args.command in STUDY_COMMANDS:
         return _study(args, rest)
     if args.command == "selftest":

@@ -12,9 +12,10 @@ from gr.errors import UserError
 from gr.scaling.bootstrap import bootstrap, run_interval, seed_noise, spread
 from gr.scaling.frontier import Price, best_size
 from gr.scaling.isoflop import envelope, optimum_exponents, parabolas
-from gr.scaling.law import MOST, Law, conditioning, fit_law
+from gr.scaling.law import MOST, Law, axes_of, conditioning, fit_law, law_of
 from gr.scaling.projection import project_law
 from gr.scaling.quality import Quality, best_of_budgets, fit_quality
+from gr.scaling.table import METRICS
 
 FEWEST_RUNS, FEWEST_BUDGETS = 6, 2  # five parameters
 RUNS_FOR_INTERVALS, BUDGETS_FOR_INTERVALS, BUDGETS_FOR_LINE = 12, 3, 4
@@ -42,7 +43,7 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
     """
     fitted = [row for row in rows if not row["holdout"]]
     budgets = _enough(fitted)
-    axes, loss = _axes(fitted), np.array([row["loss"] for row in fitted])
+    axes, loss = axes_of(fitted), np.array([row["loss"] for row in fitted])
     surface = fit_law(axes, loss)
     notes: list[str] = []
     if not surface.converged:
@@ -68,7 +69,9 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
     }
     condition, correlation = conditioning(axes, loss, surface)
     _warn(surface, laws, correlation, notes)
-    quality = {name: form for name in _metrics(fitted) if (form := _quality(fitted, name)) is not None}
+    quality = {
+        name: form for name in fitted[0] if name.startswith(METRICS) and (form := _quality(fitted, name)) is not None
+    }
     price = Price.of(fitted)
     result: dict[str, Any] = {
         "objective": OBJECTIVE,
@@ -96,10 +99,6 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
     }
     result["held_out"] = [_held_out(row, result, laws) for row in rows if row["holdout"]]
     return result
-
-
-def _axes(rows: Sequence[dict[str, Any]]) -> np.ndarray:
-    return np.array([[row[name] for row in rows] for name in ("n_encoder", "tokens")])
 
 
 def _enough(fitted: Sequence[dict[str, Any]]) -> list[float]:
@@ -139,7 +138,7 @@ def _step_ahead(fitted: list[dict[str, Any]], budgets: list[float]) -> list[dict
         before = [row for row in fitted if row["budget"] < budget]
         if len(before) < FEWEST_RUNS or len({row["budget"] for row in before}) < FEWEST_BUDGETS:
             continue
-        law = fit_law(_axes(before), np.array([row["loss"] for row in before]))
+        law = fit_law(axes_of(before), np.array([row["loss"] for row in before]))
         last = min((row for row in fitted if row["budget"] == budget), key=lambda row: row["loss"])
         said = float(law(last["n_encoder"], last["tokens"]))
         found.append({"budget": budget, "run_id": last["run_id"], "loss": last["loss"], "predicted": said,
@@ -156,23 +155,14 @@ def _warn(surface: Law, laws: list[Law], correlation: float, notes: list[str]) -
         notes.append(f"two parameters of the law are correlated by {correlation:.4f}: their values mean little alone")
 
 
-def _metrics(fitted: list[dict[str, Any]]) -> list[str]:
-    return [name for name in fitted[0] if name.startswith(("hr@", "ndcg@")) or name == "mrr"]
-
-
 def _quality(fitted: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
     made = fit_quality(fitted, metric)
     if made is None:
         return None
     form, errors = made
-    if form.form == "surface":
-        rest = [row[metric] - form(row["budget"], row["n_encoder"], row["tokens"]) for row in fitted]
-        freedom = max(1, len(rest) - 5)
-    else:
-        best = best_of_budgets(fitted, metric)
-        rest = [row[metric] - form(row["budget"], row["n_encoder"], row["tokens"]) for row in best]
-        freedom = max(1, len(rest) - 2)
-    scatter = float(np.sqrt(np.square(rest).sum() / freedom))
+    used, free = (fitted, 5) if form.form == "surface" else (best_of_budgets(fitted, metric), 2)
+    rest = [row[metric] - form(row["budget"], row["n_encoder"], row["tokens"]) for row in used]
+    scatter = float(np.sqrt(np.square(rest).sum() / max(1, len(rest) - free)))
     return {"form": form.form, "line": form.line, "law": None if form.law is None else asdict(form.law),
             "errors": errors, "scatter": scatter}  # fmt: skip
 
@@ -198,7 +188,7 @@ def _held_out(row: dict[str, Any], fitted: dict[str, Any], laws: list[Law]) -> d
     found["quality"] = {
         name: {"seen": row[name], **said, "error": said["predicted"] - row[name]}
         for name, said in told(fitted, row["budget"], n, d).items()
-        if isinstance(row.get(name), float)
+        if name in row
     }
     line = fitted["line"]
     return found | ({} if line is None else {"line": float(law_of(line)(row["budget"]))})
@@ -223,11 +213,6 @@ def told(fitted: dict[str, Any], budget: float, n: float, d: float) -> dict[str,
         said, wide = form(budget, n, d), 1.96 * float(np.hypot(raw["scatter"], raw["errors"][raw["form"]]))
         found[name] = {"form": raw["form"], "predicted": said, "interval": [said - wide, said + wide]}
     return found
-
-
-def law_of(raw: dict[str, Any]) -> Law:
-    """A law from plain data."""
-    return Law(raw["floor"], tuple(raw["factors"]), tuple(raw["exponents"]), raw["objective"])
 
 
 def any_sizes(fitted: dict[str, Any]) -> np.ndarray:

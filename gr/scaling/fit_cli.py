@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gr.errors import UserError
-from gr.scaling.table import fits_path, read_fit, read_runs, table_hash
+from gr.scaling.table import fits_path, read_fit, table_hash
 
 SCALES_TRIED = 4  # times the largest scale of the study
 
@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
     for command in (fit, predict):
         command.add_argument("--variant", help="which of the table's models")
     for command in (fit, compare, plot, report):
-        command.add_argument("--bootstrap", type=int, default=200, help="samples (200)")
+        command.add_argument("--bootstrap", type=int, default=200, help="samples of a fit made here (200)")
     for command in (plot, report):
         command.add_argument("--out", metavar="FOLDER", help="where to (beside the table)")
     predict.add_argument("--flops", type=float, required=True, help="the budget in model FLOPs")
@@ -37,8 +37,6 @@ def add_commands(commands: Any) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Does one of them."""
-    if rest and args.command != "predict":
-        raise UserError(f"unknown argument {rest[0]!r}; see gr-scaling {args.command} --help")
     if getattr(args, "bootstrap", 0) < 0:
         raise UserError(f"--bootstrap is {args.bootstrap}; it must be at least 0")
     if args.command == "predict":
@@ -57,17 +55,16 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from gr.scaling.fit import fit_runs
     from gr.scaling.store import write_json
+    from gr.scaling.study_fits import fit_table
 
     table = Path(args.runs)
-    rows, excluded = read_runs(table, args.variant)
-    found = fit_runs(rows, args.bootstrap)
+    _, found = fit_table(table, args.variant, args.bootstrap)
     out = fits_path(table, args.variant)
-    write_json(out, {"table": table_hash(table), "variant": args.variant, "excluded": excluded, **found})
+    write_json(out, found)
     for line in describe(found):
         print(line)
-    for run_id, why in excluded:
+    for run_id, why in found["excluded"]:
         print(f"excluded {run_id}: {why}")
     for note in found["notes"]:
         print(f"note: {note}")
@@ -177,13 +174,13 @@ def _feasible(args: argparse.Namespace, overrides: list[str], fitted: dict[str, 
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from gr.scaling.fit import fit_runs
     from gr.scaling.frontier import compare
     from gr.scaling.store import write_json
+    from gr.scaling.study_fits import fit_table
 
     table = Path(args.runs)
     names = (args.first, args.second)
-    fits = [fit_runs(read_runs(table, name)[0], args.bootstrap) for name in names]
+    fits = [fit_table(table, name, args.bootstrap)[1] for name in names]
     rows = compare(fits[0], fits[1])
     for row in rows:
         print(f"loss {row['loss']:.4f}: {args.second} needs {row['multiplier']:.3g} times the compute of {args.first}"

@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 
 from gr.errors import UserError
 from gr.scaling.bootstrap import spread
-from gr.scaling.law import Law
+from gr.scaling.law import Law, law_of
 
 
 class Price:
@@ -92,9 +92,8 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any
     """
     sides, ranges = [], []
     for fitted in (first, second):
-        laws = [Law(raw["floor"], tuple(raw["factors"]), tuple(raw["exponents"]), 0.0) for raw in fitted["bootstrap"]]
-        raw, price = fitted["surface"], Price(fitted["price"])
-        law = Law(raw["floor"], tuple(raw["factors"]), tuple(raw["exponents"]), raw["objective"])
+        laws = [law_of(raw) for raw in fitted["bootstrap"]]
+        law, price = law_of(fitted["surface"]), Price(fitted["price"])
         sizes = np.geomspace(fitted["n_range"][0] / 10, fitted["n_range"][1] * 10, 801)
         sides.append((law, laws, price, sizes))
         ends = [best_size(law, price, fitted["budgets"][i], sizes)[2] for i in (0, -1)]

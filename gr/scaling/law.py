@@ -9,7 +9,9 @@ them takes minutes and finds the same.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -42,6 +44,16 @@ class Law:
         """Losses at axes such as N and D."""
         terms = (a * np.asarray(x, float) ** -p for a, p, x in zip(self.factors, self.exponents, axes, strict=True))
         return self.floor + sum(terms)
+
+
+def law_of(raw: dict[str, Any]) -> Law:
+    """A law from plain data."""
+    return Law(raw["floor"], tuple(raw["factors"]), tuple(raw["exponents"]), raw["objective"])
+
+
+def axes_of(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(2, n): N and D of runs."""
+    return np.array([[row[name] for row in rows] for name in ("n_encoder", "tokens")])
 
 
 class _Problem:

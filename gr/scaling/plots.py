@@ -9,16 +9,20 @@ import csv
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gr.errors import UserError
 from gr.scaling.bootstrap import spread
-from gr.scaling.fit import law_of
-from gr.scaling.frontier import Price, best_size
+from gr.scaling.fit import any_sizes, told
+from gr.scaling.frontier import Price, best_size, compare
 from gr.scaling.isoflop import envelope
+from gr.scaling.law import law_of
 from gr.scaling.store import write_text
+from gr.scaling.study_fits import read_fits
 
 PETAFLOP_DAY = 1e15 * 86400
 COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00beff", "#fb49b0", "#00b25d", "#888888")
@@ -40,24 +44,23 @@ class Figure:
     rows: list[dict[str, Any]]
     paint: Callable[[Any, list[dict[str, Any]]], None] = field(repr=False)
 
+    @cached_property
     def svg(self) -> str:
         """Deterministic bytes."""
         import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import figure as canvas
 
         settings = {"svg.hashsalt": self.name, "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
                     "axes.spines.right": False, "axes.titlesize": 10, "legend.fontsize": 7}  # fmt: skip
-        with pyplot.rc_context(settings):
-            figure, axes = pyplot.subplots(figsize=(5.2, 3.6), layout="constrained")
+        with matplotlib.rc_context(settings):
+            figure = canvas.Figure(figsize=(5.2, 3.6), layout="constrained")
+            axes = figure.subplots()
             self.paint(axes, self.rows)
             axes.set_title(self.title)
             if axes.get_legend_handles_labels()[1]:
                 axes.legend(frameon=False)
             out = io.StringIO()
             figure.savefig(out, format="svg", metadata={"Date": None, "Creator": "gr-scaling"})
-            pyplot.close(figure)
         return out.getvalue()
 
     def table(self) -> str:
@@ -76,8 +79,6 @@ def draw(table: Path, folder: Path, samples: int = 200) -> list[Path]:
     Returns:
         The SVGs.
     """
-    from gr.scaling.study_fits import read_fits
-
     fits = read_fits(table, samples)
     return [path for name, one in fits.items() for path in write_figures(figures(name, one), folder)] + write_figures(
         between(fits), folder
@@ -89,7 +90,7 @@ def write_figures(made: list[Figure], folder: Path) -> list[Path]:
     paths = []
     for figure in made:
         path = folder / "figures" / f"{figure.name}.svg"
-        write_text(path, figure.svg())
+        write_text(path, figure.svg)
         write_text(path.with_suffix(".csv"), figure.table())
         paths.append(path)
     return paths
@@ -100,11 +101,11 @@ def figures(variant: str, study: tuple[list[dict[str, Any]], dict[str, Any]]) ->
     rows, fitted = study
     mark = f"{variant}_" if variant else ""
     noise = fitted["noise"]["seed"]
-    told = "one seed a size" if noise is None else f"a seed moves a loss by {100 * noise:.2g} %"
+    seeds = "one seed a size" if noise is None else f"a seed moves a loss by {100 * noise:.2g} %"
     makers = (_loss_compute, _isoflop, _optimum, _predicted, _residuals, _corner, _shares, _contours)
     made = [maker(rows, fitted) for maker in makers]
     made += [_quality(rows, fitted, metric) for metric in fitted["quality"]]
-    return [Figure(mark + one.name, f"{one.title}\n{variant or 'all runs'}; {told}", one.rows, one.paint)
+    return [Figure(mark + one.name, f"{one.title}\n{variant or 'all runs'}; {seeds}", one.rows, one.paint)
             for one in made if one is not None]  # fmt: skip
 
 
@@ -157,8 +158,6 @@ def _days(axes: Any) -> None:
 
 def _frontier_curve(rows: list[dict[str, Any]], fitted: dict[str, Any]) -> list[dict[str, Any]]:
     """The law's best loss along compute, to ten times what was run."""
-    from gr.scaling.fit import any_sizes
-
     law, price, sizes = law_of(fitted["surface"]), Price(fitted["price"]), any_sizes(fitted)
     laws = [law_of(raw) for raw in fitted["bootstrap"]]
     seen = [row["budget"] for row in rows]
@@ -339,9 +338,7 @@ def _shares(rows: list[dict[str, Any]], fitted: dict[str, Any]) -> Figure | None
 
 
 def _quality(rows: list[dict[str, Any]], fitted: dict[str, Any], metric: str) -> Figure:
-    from gr.scaling.fit import told
-
-    data = [_point(row, value=row[metric]) for row in rows if isinstance(row.get(metric), float)]
+    data = [_point(row, value=row[metric]) for row in rows if metric in row]
     for row in _frontier_curve(rows, fitted):
         said = told(fitted, row["model_flops"], row["n_encoder"], row["tokens"])[metric]
         low, high = said["interval"]
@@ -358,9 +355,6 @@ def _quality(rows: list[dict[str, Any]], fitted: dict[str, Any], metric: str) ->
 
 def between(fits: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]) -> list[Figure]:
     """Compute multipliers of every model against the first; nothing with one model or no loss in common."""
-    from gr.errors import UserError
-    from gr.scaling.frontier import compare
-
     data = []
     names = list(fits)
     for other in names[1:]:

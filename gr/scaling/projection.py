@@ -32,17 +32,17 @@ def project_law(axes: np.ndarray, loss: np.ndarray, huber: bool = False) -> Law:
     mean = logs.mean(axis=1, keepdims=True)
     logs = logs - mean
 
-    def linear(exponents: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    def linear(exponents: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, float]:
         columns = np.concatenate([np.ones((1, loss.size)), np.exp(-exponents[:, None] * logs)]).T / loss[:, None]
         columns *= weight[:, None]
         norm = np.linalg.norm(columns, axis=0)
         found, rest = nnls(columns / norm, weight)
-        return found / norm, norm, float(rest)
+        return found / norm, float(rest)
 
     def search(weight: np.ndarray, start: np.ndarray | None) -> np.ndarray:
         def rest(x: np.ndarray) -> float:
             inside = np.clip(x, np.log(1e-3), np.log(MOST))
-            return linear(np.exp(inside), weight)[2] + float(np.abs(x - inside).sum())
+            return linear(np.exp(inside), weight)[1] + float(np.abs(x - inside).sum())
 
         starts = [np.array(x) for x in itertools.product(np.log(GRID), repeat=len(logs))] if start is None else [start]
         best = sorted(starts, key=rest)[:3]
@@ -53,11 +53,11 @@ def project_law(axes: np.ndarray, loss: np.ndarray, huber: bool = False) -> Law:
     weight = np.ones_like(loss)
     logged = search(weight, None)
     for _ in range(ROUNDS if huber else 0):
-        factors, _, _ = linear(np.exp(logged), weight)
+        factors, _ = linear(np.exp(logged), weight)
         said = factors[0] + factors[1:] @ np.exp(-np.exp(logged)[:, None] * logs)
         weight = np.sqrt(np.minimum(1.0, DELTA / np.maximum(np.abs(said / loss - 1), 1e-30)))
         logged = search(weight, logged)
     exponents = np.exp(logged)
-    factors, _, rest = linear(exponents, weight)
+    factors, rest = linear(exponents, weight)
     scaled = factors[1:] * np.exp(exponents * mean[:, 0])
     return Law(float(factors[0]), tuple(map(float, scaled)), tuple(map(float, exponents)), rest**2 / 2)

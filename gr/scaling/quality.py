@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gr.scaling.law import Law, fit_law
+from gr.scaling.law import Law, axes_of, fit_law
 
 Rows = Sequence[dict[str, Any]]
 FEWEST_BUDGETS = 3  # one to try the forms on, and two for a line
@@ -68,8 +68,7 @@ def _saturating(rows: Rows, metric: str) -> Quality:
 
 
 def _surface(rows: Rows, metric: str) -> Quality:
-    axes = np.array([[row[name] for row in rows] for name in ("n_encoder", "tokens")])
-    return Quality("surface", law=fit_law(axes, 1.0 - np.array([row[metric] for row in rows])))
+    return Quality("surface", law=fit_law(axes_of(rows), 1.0 - np.array([row[metric] for row in rows])))
 
 
 FORMS: dict[str, Callable[[Rows, str], Quality]] = {"line": _line, "saturating": _saturating, "surface": _surface}

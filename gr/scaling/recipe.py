@@ -105,6 +105,23 @@ class Recipe:
         return dataclasses.replace(config, train=train)
 
 
+HSTU_WIDTH_1 = Recipe(
+    name="hstu-width-1",
+    width_per_scale=8,
+    head_width=8,
+    depth_base=2,
+    depth_per_scale=0,
+    lr=0.004,
+    lr_width=64,
+    lr_exponent=0.5,
+    batch_tokens=1100.0,
+    batch_budget=1e12,
+    max_batch_tokens=16384.0,
+    chosen="two layers, the dial is the width; the learning rate is the best of three (a factor 2 apart) at "
+    "width 32 and 1e11 FLOPs on a planted world; its change with width and the batch's with budget are taken "
+    "from language models",
+)
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -123,35 +140,11 @@ RECIPES: dict[str, Recipe] = {
             chosen="the learning rate at its reference width is that of configs/quickstart.yaml; its change with width "
             "and the batch's with budget are taken from language models and not verified here",
         ),
-        Recipe(
-            name="hstu-width-1",
-            width_per_scale=8,
-            head_width=8,
-            depth_base=2,
-            depth_per_scale=0,
-            lr=0.004,
-            lr_width=64,
-            lr_exponent=0.5,
-            batch_tokens=1100.0,
-            batch_budget=1e12,
-            max_batch_tokens=16384.0,
-            chosen="two layers, the dial is the width; the learning rate is the best of three (a factor 2 apart) at "
-            "width 32 and 1e11 FLOPs on a planted world; its change with width and the batch's with budget are taken "
-            "from language models",
-        ),
-        Recipe(
+        HSTU_WIDTH_1,
+        dataclasses.replace(
+            HSTU_WIDTH_1,
             name="sasrec-width-1",
             encoder="transformer",
-            width_per_scale=8,
-            head_width=8,
-            depth_base=2,
-            depth_per_scale=0,
-            lr=0.004,
-            lr_width=64,
-            lr_exponent=0.5,
-            batch_tokens=1100.0,
-            batch_budget=1e12,
-            max_batch_tokens=16384.0,
             chosen="as hstu-width-1, the learning rate the better of two in the same search",
         ),
     )

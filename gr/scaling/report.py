@@ -227,5 +227,5 @@ def html(title: str, sections: list[Section]) -> str:
         loader=jinja2.PackageLoader("gr.scaling", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    drawn = {figure.name: figure.svg().split("?>", 1)[1].split(">", 1)[1] for s in sections for figure in s.figures}
+    drawn = {figure.name: figure.svg.split("?>", 1)[1].split(">", 1)[1] for s in sections for figure in s.figures}
     return environment.get_template("report.html.j2").render(title=title, sections=sections, drawn=drawn)

@@ -13,7 +13,7 @@ from gr.scaling.table import fits_path, read_runs, table_hash
 
 
 def variants(table: Path) -> list[str | None]:
-    """Names in the order of the table; ``[None]`` where it has one model or no column.
+    """Names by the alphabet; ``[None]`` where it has one model or no column.
 
     Raises:
         UserError: No such file.
@@ -26,6 +26,13 @@ def variants(table: Path) -> list[str | None]:
     return sorted(found) if len(found) > 1 else [None]
 
 
+def fit_table(table: Path, variant: str | None, samples: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Runs of one model, and their fit as ``gr-scaling fit`` writes it."""
+    rows, excluded = read_runs(table, variant)
+    found = fit_runs(rows, samples)
+    return rows, {"table": table_hash(table), "variant": variant, "excluded": excluded, **found}
+
+
 def read_fits(table: Path, samples: int) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
     """Runs and fit of each model; the name is empty where there is one.
 
@@ -35,9 +42,9 @@ def read_fits(table: Path, samples: int) -> dict[str, tuple[list[dict[str, Any]]
     """
     found = {}
     for variant in variants(table):
-        rows, excluded = read_runs(table, variant)
         fitted = read_json(fits_path(table, variant))
-        if not isinstance(fitted, dict) or fitted.get("table") != table_hash(table):
-            fitted = {"table": table_hash(table), "variant": variant, "excluded": excluded, **fit_runs(rows, samples)}
-        found[variant or ""] = (rows, fitted)
+        if isinstance(fitted, dict) and fitted.get("table") == table_hash(table):
+            found[variant or ""] = (read_runs(table, variant)[0], fitted)
+        else:
+            found[variant or ""] = fit_table(table, variant, samples)
     return found

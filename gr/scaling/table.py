@@ -64,7 +64,7 @@ def _text(rows: list[dict[str, Any]]) -> str:
 
 
 def read_runs(path: Path, variant: str | None = None) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Rows that can be fitted, their ``COLUMNS`` as floats and ``holdout`` as bool, and (run_id, why) of the others.
+    """Rows that can be fitted, ``COLUMNS`` and metrics as floats, ``holdout`` as bool, and (run_id, why) of the others.
 
     Raises:
         UserError: No such file or column, a run twice, or runs that cannot be compared.
@@ -96,20 +96,17 @@ def read_runs(path: Path, variant: str | None = None) -> tuple[list[dict[str, An
         for name in COLUMNS[1:]:
             row[name] = _number(path, row, name)
         row["holdout"] = row.get("holdout") in ("1", "True", "true")
-        row |= {name: _metric(row[name]) for name in names if name.startswith(METRICS)}
+        for name in (name for name in names if name.startswith(METRICS)):
+            try:
+                row[name] = float(row[name])
+            except (TypeError, ValueError):
+                del row[name]
         good.append(row)
     for name, right in ALIKE.items():
         found = sorted({row.get(name) or "" for row in good})
         if len(found) > 1:
             raise UserError(f"{path} mixes {name} {found[0]!r} and {found[1]!r}; {right}")
     return good, excluded
-
-
-def _metric(text: str) -> float | str:
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return text
 
 
 def _number(path: Path, row: dict[str, Any], name: str) -> float:

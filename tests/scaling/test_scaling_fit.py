@@ -12,8 +12,8 @@ import pytest
 from scipy.optimize import approx_fprime
 
 from gr.scaling.cli import main
-from gr.scaling.fit import fit_runs, law_of, predict
-from gr.scaling.law import Law, _Problem, fit_law
+from gr.scaling.fit import fit_runs, predict
+from gr.scaling.law import Law, _Problem, fit_law, law_of
 from gr.scaling.table import read_runs
 
 TRUE = Law(1.8, (480.0, 2100.0), (0.34, 0.28), 0.0)

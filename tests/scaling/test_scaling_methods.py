@@ -6,6 +6,8 @@ a hundredfold extrapolation to 0.5 % and 1.5 % at 1e-3 and 3e-3.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,8 @@ from gr.scaling.isoflop import envelope, optimum_exponents, parabolas
 from gr.scaling.law import Law, fit_law
 from gr.scaling.projection import project_law
 from gr.scaling.quality import fit_quality
-from test_scaling_fit import TRUE, surface, table
+from gr.scaling.table import read_runs
+from test_scaling_fit import TRUE, surface, table, write
 
 
 @pytest.mark.parametrize(("noise", "threshold"), [(1e-3, 0.005), (3e-3, 0.015)])
@@ -147,6 +150,13 @@ def test_a_saturating_metric_is_foretold_by_a_form_that_saturates() -> None:
     assert form.form == "surface" and errors["surface"] < 1e-3 < errors["line"]
     row = rows[10]
     assert abs(form(row["budget"], row["n_encoder"], row["tokens"]) - row["hr@10"]) < 1e-3
+
+
+def test_a_metric_that_a_run_lacks_is_not_fitted(tmp_path) -> None:
+    rows = [row | {"hr@10": 0.5, "mrr": 0.3} for row in table(surface(3, 4))]
+    rows[5]["mrr"] = ""
+    fitted = fit_runs(read_runs(Path(write(tmp_path / "runs.csv", rows)))[0], samples=0)
+    assert set(fitted["quality"]) == {"hr@10"}
 
 
 def test_a_held_out_run_lies_inside_its_interval() -> None:
