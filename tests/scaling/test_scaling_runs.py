@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gr.errors import run_cli
+from gr.errors import UserError, run_cli
+from gr.scaling import selftest
 from gr.scaling.cli import main
 from gr.scaling.design import load_study
 from gr.scaling.driver import run_plan
@@ -159,3 +160,12 @@ def test_a_process_a_run_gives_the_same_numbers(planned) -> None:
     shutil.rmtree(folder.path)
     outcome = run_plan(study, [spec], Local(1), say=lambda line: None)
     assert outcome.ran == {spec.run_id: "done"} and folder.result()["metrics"] == here
+
+
+def test_a_selftest_with_one_failed_check_says_which_and_ends_with_1(monkeypatch, capsys, tmp_path) -> None:
+    assert selftest.recovered() < 1e-3
+    monkeypatch.setattr(selftest, "checks", lambda folder: iter([("runs", True), (f"fits in {folder.name}", False)]))
+    assert main(["selftest", "--out", str(tmp_path / "kept")]) == 1
+    assert capsys.readouterr().out == "ok     runs\nFAILED fits in kept\n"
+    with pytest.raises(UserError, match="unknown argument '--fast'; see gr-scaling selftest --help"):
+        main(["selftest", "--fast"])
