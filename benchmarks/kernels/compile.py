@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.kernels import sass
 from benchmarks.kernels.aot import Compiled, recording
-from gr.errors import UserError, run_cli
+from gr.errors import Parser, UserError, run_cli
 from gr.kernels.hstu_attention import triton_tiles
 from gr.kernels.hstu_attention.triton_tiles import Key, Tile
 from gr.kernels.hstu_attention.types import Mask, RelativeBias
@@ -104,10 +104,10 @@ def variants(architecture: int) -> list[Variant]:
     return found
 
 
-def check(key: Key, tile: Tile, dtype: str | None = None) -> list[str]:
+def check(key: Key, tile: Tile) -> list[str]:
     """What is wrong with a tile for the plain causal call of a key; triton keeps the machine code for the launch."""
     with triton_tiles.forced(key.kernel, tile):
-        return list(row(Variant(key, dtype or ("bfloat16" if key.half else "float32"))).wrong)
+        return list(row(Variant(key, "bfloat16" if key.half else "float32")).wrong)
 
 
 def row(variant: Variant) -> Row:
@@ -189,14 +189,13 @@ def launch(variant: Variant) -> None:
     if key.kernel.startswith("forward"):
         triton_launch.forward(q, k, v, offsets, None, **rest)
         return
-    wanted = [key.kernel]
     direct = triton_tiles.keys_of
 
     def keys_of(*args: Any, **options: Any) -> tuple[Key, ...]:
         if key.kernel == "backward_query":
             options["deterministic"] = True
         found = direct(*args, **options)
-        return tuple(each for each in found if each.kernel in wanted)
+        return tuple(each for each in found if each.kernel == key.kernel)
 
     with mock.patch.object(triton_tiles, "keys_of", keys_of):
         triton_launch.backward(grad, q, k, v, offsets, None, deterministic=variant.deterministic, **rest)
@@ -222,7 +221,7 @@ def table(found: Sequence[Row]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.kernels.compile",
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,

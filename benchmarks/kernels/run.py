@@ -50,12 +50,12 @@ from benchmarks.kernels.registry import BASELINE, Operator, load
 from benchmarks.kernels.rows import rows_of, say
 from benchmarks.kernels.timing import DIRECTIONS, DTYPES, Timed, available
 from benchmarks.kernels.worker import remotes
-from gr.errors import UserError, run_cli
+from gr.errors import Parser, UserError, run_cli
 from gr.training.environment import describe
 
 
 def options_of(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.kernels.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,8 +1,8 @@
 """The rows that figures are judged by: what peers publish for one H100 in bfloat16, the floor and the target of each.
 
 Rows of the operator name a case and a direction of :mod:`benchmarks.kernels.hstu_attention`; rows of whole models have
-a unit of their own in :mod:`benchmarks.gpu_check.model`. Sources of the peers' figures: tables that the projects
-publish for their own kernels (Meta's generative-recommenders and tritonbench, NVIDIA's recsys-examples,
+a unit of their own in :mod:`benchmarks.gpu_check.models` and ``long``. Sources of the peers' figures: tables that the
+projects publish for their own kernels (Meta's generative-recommenders and tritonbench, NVIDIA's recsys-examples,
 flash-attention 3), causal and at full length.
 """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from gr.distributed.process import ProcessContext, all_gather_object, main_only_errors, raise_together
 from gr.errors import UserError
 
-Files = dict[str, list[int]]
+Files = dict[str, Sequence[int]]
 SUFFIX = ".tables"
 
 
@@ -48,7 +48,7 @@ def save_tables(tables: Any, folder: Path, ctx: ProcessContext, sums: bool = Tru
         error = found
     raise_together(error, ctx)
     mine = [path for path in sorted(aside.iterdir()) if _reader(path, ctx.world) == ctx.rank]
-    parts = all_gather_object({path.name: _summed(path) for path in mine}, ctx)
+    parts = all_gather_object({path.name: summed(path) for path in mine}, ctx)
     with main_only_errors(ctx) as main:
         if main:
             with _told(folder, "cannot be saved", "choose another run folder, then run again"):
@@ -73,7 +73,7 @@ def load_tables(tables: Any, folder: Path, files: Files, ctx: ProcessContext, su
                 continue
             if not path.exists():
                 raise UserError(f"checkpoint {folder} is damaged ({name} is missing); delete it and what names it")
-            if _summed(path) != list(seen):
+            if summed(path) != tuple(seen):
                 raise UserError(f"checkpoint {folder} is damaged ({name} changed); delete it and what names it")
     except UserError as found:
         error = found
@@ -94,13 +94,14 @@ def _reader(path: Path, world: int) -> int:
     return int(number) % world if number.isdigit() else 0
 
 
-def _summed(path: Path) -> list[int]:
+def summed(path: Path) -> tuple[int, int]:
+    """(bytes, crc32) of a file's content."""
     size = crc32 = 0
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
             size += len(chunk)
             crc32 = zlib.crc32(chunk, crc32)
-    return [size, crc32]
+    return size, crc32
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from gr.distributed.table_files import summed
 from gr.errors import UserError
 
 POINTER = "last.json"
@@ -152,13 +153,8 @@ def find_checkpoint(folder: Path) -> Path | None:
         raise UserError(f"{pointer} is damaged; delete it to resume from the newest checkpoint beside it") from None
     if not path.exists():
         return newest
-    size, crc32 = 0, 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            size += len(chunk)
-            crc32 = zlib.crc32(chunk, crc32)
-    if (size, crc32) != expected:
-        reason = f"{size} bytes of {expected[0]}" if size != expected[0] else "its content changed"
+    if (found := summed(path)) != expected:
+        reason = f"{found[0]} bytes of {expected[0]}" if found[0] != expected[0] else "its content changed"
         raise UserError(f"checkpoint {path} is damaged ({reason}); {_advice(path)}")
     return path
 
