@@ -48,11 +48,17 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         rank = os.environ.get("RANK", "0")  # other ranks mostly repeat what rank 0 says, but not always
-        print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr, flush=True)
+        _say(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}")
         return 2
     except PeerLost as error:
-        print(f"[rank {os.environ.get('RANK', '0')}] {error}", file=sys.stderr, flush=True)
+        _say(f"[rank {os.environ.get('RANK', '0')}] {error}")
         return LOST
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
+        _say("stopped")
         return 130
+
+
+def _say(sentence: str) -> None:
+    """A line on stderr in one write: ``print`` ends it with a second one, and another process may speak in between."""
+    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.flush()
