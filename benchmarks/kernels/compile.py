@@ -35,7 +35,7 @@ from benchmarks.kernels.aot import Compiled, recording
 from gr.errors import Parser, UserError, run_cli
 from gr.kernels.hstu_attention import triton_tiles
 from gr.kernels.hstu_attention.triton_tiles import Key, Tile
-from gr.kernels.hstu_attention.types import Mask, RelativeBias
+from gr.kernels.hstu_attention.types import Arguments, Mask, RelativeBias
 
 SHARED_KIB = {80: 163, 90: 227}
 """Shared memory that one program may have (CUDA C++ Programming Guide, technical specifications)."""
@@ -185,9 +185,12 @@ def launch(variant: Variant) -> None:
     if variant.composed:
         counts = {"num_contextual": torch.tensor([1, 0, 1]), "num_targets": torch.tensor([1, 0, 1])}
         mask, divisor = Mask(window=512, full_tail=128, **counts), torch.ones(tokens, 1)
-    rest = {"max_seq_len": longest, "divisor": divisor, "alpha": 0.125, "mask": mask, "bias": table}
+    arguments = Arguments(
+        q=q, k=k, v=v, q_offsets=offsets, max_seq_len=longest, divisor=divisor, alpha=0.125, mask=mask, bias=table,
+        deterministic=variant.deterministic,
+    )  # fmt: skip
     if key.kernel.startswith("forward"):
-        triton_launch.forward(q, k, v, offsets, None, **rest)
+        triton_launch.forward(arguments)
         return
     direct = triton_tiles.keys_of
 
@@ -198,7 +201,7 @@ def launch(variant: Variant) -> None:
         return tuple(each for each in found if each.kernel == key.kernel)
 
     with mock.patch.object(triton_tiles, "keys_of", keys_of):
-        triton_launch.backward(grad, q, k, v, offsets, None, deterministic=variant.deterministic, **rest)
+        triton_launch.backward(grad, arguments)
 
 
 def table(found: Sequence[Row]) -> str:
