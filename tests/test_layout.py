@@ -25,7 +25,7 @@ EVERYWHERE = ("gr", "kernels", "launch", "tests", "benchmarks")
 # A part imports only parts of an earlier row; parts of one row do not import each other.
 ARROW = (
     ("errors", "kernels"),
-    ("config", "flops"),
+    ("config", "files", "flops"),
     ("data",),
     ("embedding", "modules", "losses"),
     ("models",),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from gr.distributed.process import ProcessContext, all_gather_object, main_only_errors, raise_together
 from gr.errors import UserError
+from gr.files import summed
 
 Files = dict[str, Sequence[int]]
 SUFFIX = ".tables"
@@ -92,16 +92,6 @@ def _reader(path: Path, world: int) -> int:
     """The rank that sums a file up: by its number in ``__<rank>_<n>.distcp``, so that the work is shared."""
     number = path.name.strip("_").partition("_")[0]
     return int(number) % world if number.isdigit() else 0
-
-
-def summed(path: Path) -> tuple[int, int]:
-    """(bytes, crc32) of a file's content."""
-    size = crc32 = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            size += len(chunk)
-            crc32 = zlib.crc32(chunk, crc32)
-    return size, crc32
 
 
 @contextmanager

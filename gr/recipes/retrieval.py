@@ -28,11 +28,11 @@ from gr.evaluation.saved_ranks import load_ranks, save_ranks
 from gr.evaluation.sharded_ranking import rank_by_shards
 from gr.evaluation.significance import compare
 from gr.evaluation.tuning import tune_all
+from gr.files import write_json
 from gr.models.retrieval import RetrievalModel
 from gr.recipes.stage import Stage, Stopped, run_stage
 from gr.report.report import write_report
 from gr.training.assemble import assemble, eval_loader, open_data, sample_targets, train_loader
-from gr.training.checkpoint import write_json
 from gr.training.phase import Phase
 from gr.training.run_config import RunConfig
 from gr.training.run_folder import RunFolder, claim

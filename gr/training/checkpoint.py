@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import zlib
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from gr.distributed.table_files import summed
 from gr.errors import UserError
+from gr.files import summed, write_atomic, write_json
 
 POINTER = "last.json"
 
@@ -44,35 +42,6 @@ class _Stream:
 
     def flush(self) -> None:
         """Part of the file protocol; flushing happens once, at the end."""
-
-
-def write_atomic(path: Path, write: Any) -> None:
-    """Calls ``write(file)`` on a file aside, flushes it to disk and renames it to ``path``.
-
-    Raises:
-        UserError: The disk is full, or anything else the system objects to; ``path`` is as it was before.
-    """
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        raise UserError(
-            f"{path} cannot be saved: {reason}; make room or choose another run folder, then run again"
-        ) from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically."""
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def save_torch(path: Path, payload: Any) -> dict[str, int]:
@@ -166,14 +135,3 @@ def _advice(path: Path) -> str:
 
 def _all_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut; some file systems have no such call and need none."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    with contextlib.suppress(OSError):
-        os.fsync(handle)
-    os.close(handle)

@@ -15,7 +15,7 @@ from typing import Any
 from gr.config import config_hash, dump, parse_yaml, to_dict
 from gr.data.store import EventStore
 from gr.errors import UserError
-from gr.training.checkpoint import write_atomic, write_json
+from gr.files import write_json, write_text
 from gr.training.environment import describe
 
 _HEADER = "# config_hash: "
@@ -133,8 +133,7 @@ def claim(
         elif path.exists() and any(not p.name.endswith(".tmp") and p.name != ".lock" for p in path.iterdir()):
             raise UserError(f"run folder {path} holds files but no config.yaml, so it is no run; choose another name")
         path.mkdir(parents=True, exist_ok=True)
-        text = f"{_HEADER}{digest}\n{dump(config)}"
-        write_atomic(folder.config, lambda file: file.write(text.encode()))
+        write_text(folder.config, f"{_HEADER}{digest}\n{dump(config)}")
         if not folder.env.exists():
             write_json(folder.env, describe(argv))
         if store is not None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from gr.errors import UserError
-from gr.training.checkpoint import find_checkpoint, load_torch, save_checkpoint, write_atomic
+from gr.files import write_atomic
+from gr.training.checkpoint import find_checkpoint, load_torch, save_checkpoint
 from gr.training.weights import load_weights
 from tiny_training import TinyModel, tiny_config, tiny_trainer
 
