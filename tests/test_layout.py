@@ -34,7 +34,7 @@ ARROW = (
     ("training",),
     ("inference", "report"),
     ("recipes",),
-    ("train", "evaluate", "compare"),
+    ("train", "evaluate", "compare", "replay"),
     ("prepare",),
     ("launch",),
     ("scaling",),

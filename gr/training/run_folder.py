@@ -70,6 +70,11 @@ class RunFolder:
         return self.path / "best.pt"
 
     @property
+    def diverged(self) -> Path:
+        """Batches and weights of steps whose loss or gradient was not finite."""
+        return self.path / "diverged"
+
+    @property
     def results(self) -> Path:
         """The recipe's results."""
         return self.path / "results.json"
@@ -151,7 +156,7 @@ def _forget(folder: RunFolder) -> None:
     """Removes what a claim and a training that ended before its first checkpoint leave behind, and nothing else."""
     for path in (folder.metrics, folder.data, folder.env, folder.config):
         path.unlink(missing_ok=True)
-    for path in (folder.tensorboard, folder.path / "stages", folder.checkpoints):
+    for path in (folder.tensorboard, folder.path / "stages", folder.checkpoints, folder.diverged):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -25,21 +25,23 @@ from torch import nn
 from gr.config import config_hash
 from gr.data.batch import JaggedBatch
 from gr.distributed.dense import wrap
-from gr.distributed.process import ProcessContext, broadcast_object, main_only_errors, sum_integers
+from gr.distributed.process import ProcessContext, broadcast_object, gather_integers, main_only_errors
 from gr.errors import Diverged, UserError
 from gr.kernels.native import has_bf16_units
 from gr.training.checkpoint import find_checkpoint, load_torch
 from gr.training.config import TrainConfig
+from gr.training.guard import Taken, keep_evidence
 from gr.training.log import MetricsLog
 from gr.training.optimizer import make_optimizer, set_lr, split_parameters
 from gr.training.phase import Phase, StepContext
 from gr.training.prefetch import prefetch
 from gr.training.progress import Progress, format_time
-from gr.training.run_folder import RunFolder
+from gr.training.run_folder import RunFolder, read_hash
 from gr.training.schedule import check_schedule, lr_factor
 from gr.training.signals import Interrupted, StopSignal
 from gr.training.state import Best, Counts, TrainState
-from gr.training.step import StepResult, run_step
+from gr.training.step import run_step
+from gr.training.watch import Waited, Watch
 from gr.training.weights import find_together, load_weights, own_tables, restore, save_best, save_step
 
 FORMAT = 1
@@ -157,9 +159,10 @@ class Trainer:
         self.state = TrainState()
         self._stop = StopSignal()
         self._stopping = False
-        self._pending: list[tuple[int, StepResult]] = []
+        self._pending: list[Taken] = []
         self._mark = 0.0
         self._grad_norm = 0.0
+        self._watch, self._waited = Watch(ctx, config.precision == "bf16"), Waited()
         self._log: MetricsLog | None = None
         self._progress = Progress(enabled=ctx.is_main)
         self._optimizer_state: dict[str, Any] | None = None
@@ -270,6 +273,7 @@ class Trainer:
             self._load_best()
         state.phase += 1
         state.window = Counts()
+        self._watch.line()
         if state.phase < len(self.phases):
             state.phase_step = state.epoch = state.index = 0
             state.best = Best()
@@ -285,9 +289,10 @@ class Trainer:
         stop = min(count, state.index + (run.total_steps - state.phase_step) * config.accumulate)
         first, step, epoch = state.index, state.step, state.epoch
         keys = ((epoch, i, step + (i - first) // config.accumulate) for i in range(first, stop))
-        sync_every = 1 if self.ctx.device.type == "cpu" else min(_SYNC_EVERY_STEPS, config.log_every_steps)
+        sync_every = min(_sync_every(self.ctx.device), config.log_every_steps)
         self._mark = time.perf_counter()
-        with prefetch(self._make_batch, keys) as batches:
+        with prefetch(self._make_batch, keys) as made:
+            batches = self._waited.over(made)
             while state.index < stop and not self._stopping:
                 self._step(run, batches, min(config.accumulate, count - state.index))
                 over = state.index == stop
@@ -341,35 +346,35 @@ class Trainer:
         state.step += 1
         state.phase_step += 1
         state.index += num_batches
-        self._pending.append((state.step, result))
+        self._pending.append(Taken(context, state.index - num_batches, num_batches, result))
 
     def _flush(self, run: _PhaseRun) -> None:
         """Reads the steps since the last flush from the device, checks, counts; agrees on stopping."""
         pending, self._pending = self._pending, []
         if not pending:
             return
-        results = [result for _, result in pending]
+        results = [taken.result for taken in pending]
         rows = torch.stack([torch.cat([r.sums, r.grad_norm.double().reshape(1)]) for r in results]).tolist()
-        local = [
-            self._stop.requested,
-            *(sum(getattr(r, n) for r in results) for n in ("tokens", "pairs", "forward_flops")),
-        ]
-        stopping, tokens, pairs, flops = sum_integers(local, self.ctx)
+        spent = time.perf_counter() - self._mark
+        told = self._watch.numbers([result.work for result in results], spent, self._waited)
+        everybody = gather_integers([self._stop.requested, *told], self.ctx)
+        stopping = sum(told[0] for told in everybody)
+        done = self._watch.add([told[1:] for told in everybody])
         now = time.perf_counter()
-        for (step, result), (loss, weight, *parts, norm) in zip(pending, rows, strict=True):
+        for taken, (loss, weight, *parts, norm) in zip(pending, rows, strict=True):
             if not (math.isfinite(loss) and math.isfinite(weight) and math.isfinite(norm)):
-                self._refuse(step, loss / weight if weight else loss, norm)
+                self._refuse(run, taken, loss / weight if weight else loss, norm)
             for counts in (self.state.window, self.state.total):
                 counts.steps += 1
                 counts.loss += loss
                 counts.weight += weight
-                for name, value in zip(result.parts, parts, strict=True):
+                for name, value in zip(taken.result.parts, parts, strict=True):
                     counts.parts[name] = counts.parts.get(name, 0.0) + value
             self._grad_norm = norm
         for counts in (self.state.window, self.state.total):
-            counts.tokens += tokens
-            counts.pairs += pairs
-            counts.forward_flops += flops
+            counts.tokens += done["tokens"]
+            counts.pairs += done["pairs"]
+            counts.forward_flops += done["forward_flops"]
             counts.seconds += now - self._mark
         self._mark = now
         self._stopping = stopping > 0
@@ -377,11 +382,21 @@ class Trainer:
         pace = window.seconds / max(1, window.steps)
         self._progress.step(state.phase_step, run.total_steps, state.epoch, window.mean_loss, window.tokens_per_s, pace)
 
-    def _refuse(self, step: int, loss: float, norm: float) -> None:
+    def _refuse(self, run: _PhaseRun, taken: Taken, loss: float, norm: float) -> None:
+        step, first, config = taken.context.step, taken.index, self.config
+        batches = [self.loader.batch(taken.context.epoch, first + i, step) for i in range(taken.num_batches)]
+        known = self.folder.config.exists()
+        facts = {
+            "bf16": config.precision == "bf16",
+            "loss": loss,
+            "grad_norm": norm,
+            "config_hash": read_hash(self.folder.config) if known else config_hash(config),
+        }
+        kept = keep_evidence(self.folder.diverged, self.model, run.phase, taken, batches, facts, self.ctx)
         precision = ", or use precision fp32" if self.config.precision == "bf16" else ""
         raise Diverged(
-            f"training diverged at step {step}: loss {loss}, gradient norm {norm}; lower optimizer.lr "
-            f"(now {self.config.optimizer.lr}), set clip_norm (now {self.config.clip_norm}) to 1.0{precision}"
+            f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}; lower optimizer.lr "
+            f"(now {self.config.optimizer.lr}), set clip_norm (now {self.config.clip_norm}) to 1.0{precision}; {kept}"
         )
 
     def _write_line(self, run: _PhaseRun) -> None:
@@ -402,6 +417,7 @@ class Trainer:
             }
             if window.parts:
                 line["parts"] = {name: value / (window.weight or 1.0) for name, value in window.parts.items()}
+            line |= self._watch.line()
             self._record(line)
         state.window = Counts()
 
@@ -493,6 +509,10 @@ class Trainer:
             state.total.mean_loss,
             state.total,
         )
+
+
+def _sync_every(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else _SYNC_EVERY_STEPS
 
 
 def _check_own_tables(tables: Any, config: TrainConfig) -> None:
