@@ -35,7 +35,7 @@ def test_it_is_as_exact_as_the_definition_in_the_same_dtype(choice):
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", product(), ids=lambda choice: choice.id)
 def test_every_mask_with_every_bias(choice):
-    check(choice, own_seeds=8)
+    check(choice)
 
 
 @pytest.mark.parametrize("case", CASES[::8], ids=lambda case: case.id)
