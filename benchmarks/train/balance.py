@@ -1,6 +1,6 @@
 """What dealing sequences to ranks by predicted cost is worth: every rank's step really run and timed, one by one.
 
-    python -m benchmarks.train.balance [--per-rank 8 16 32] [--longest 1024] [--steps 8] [--repeats 5]
+    python -m benchmarks.train.balance [--settings 8x2048 16x1024] [--steps 8] [--repeats 5]
 
 A log whose users' lengths are drawn from Zipf's law (P(n) ~ n^-1.2, cut to the longest, as NVIDIA's recsys-examples
 draws them) is read by the trainer's own loader for 8 ranks. A step of synchronous training takes as long as its slowest
@@ -11,9 +11,10 @@ dealings of the same global batches:
 - equal tokens: longest first to the rank with the fewest tokens;
 - balanced: what ``gr-train`` does, the same by predicted cost (``gr.data.loader``).
 
-Dealings take turns within each step, in changing order. Excluded: making batches, drawing negatives, the update (which
-costs every rank the same) and communication. One thread. Ratios are of sums over steps, median and range over repeats,
-by the clock and by the processor's own time, which other work on the machine disturbs less.
+Dealings take turns within each step, in changing order, and every repeat has global batches of its own. Excluded:
+making batches, drawing negatives, the update (which costs every rank the same) and communication. One thread. Ratios
+are of sums over steps, median and range over repeats, by the clock and by the processor's own time, which other work on
+the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from gr.training.step import seed_step
 WORLD = 8
 NUM_ITEMS = 2000
 BASE = "plain"
+PREDICTED = ((8, 4096), (32, 1024), (32, 4096), (64, 4096))
 
 
 class Plain(TrainLoader):
@@ -67,11 +69,16 @@ class EqualTokens(TrainLoader):
 DEALINGS: dict[str, type[TrainLoader]] = {BASE: Plain, "equal tokens": EqualTokens, "balanced": TrainLoader}
 
 
+def draw_lengths(rng: np.random.Generator, shape: Any, longest: int) -> np.ndarray:
+    """int64 lengths of Zipf's law, cut to the longest."""
+    mass = np.cumsum(np.arange(1, longest) ** -ZIPF_ALPHA) / ZETA
+    return np.searchsorted(mass, rng.random(shape)) + 1
+
+
 def write_log(path: Path, users: int, longest: int, seed: int) -> None:
     """Events whose training rows have Zipf lengths (a row is two events shorter than its user's log)."""
     rng = np.random.default_rng(seed)
-    mass = np.cumsum(np.arange(1, longest) ** -ZIPF_ALPHA) / ZETA
-    events = np.searchsorted(mass, rng.random(users)) + 1 + 2
+    events = draw_lengths(rng, users, longest) + 2
     user = np.repeat(np.arange(users), events)
     place = np.arange(user.size) - np.repeat(np.cumsum(events) - events, events)
     columns = {"user_id": user, "item_id": rng.integers(NUM_ITEMS, size=user.size), "timestamp": 1000 + 60 * place}
@@ -106,7 +113,8 @@ def timed(model: RetrievalModel, batch: JaggedBatch, step: int, rank: int) -> tu
 
 def measure(folder: Path, per_rank: int, longest: int, steps: int, repeats: int) -> dict[str, Any]:
     """Ratios plain / other dealing, and what a token costs in pairs by these timings."""
-    write_log(folder / "log.parquet", per_rank * WORLD * steps, longest, seed=per_rank)
+    users = per_rank * WORLD * steps * repeats
+    write_log(folder / "log.parquet", users, longest, seed=per_rank)
     config = run_config(folder, per_rank, longest)
     store, split = open_data(config)
     sampler = make_sampler(config.objective.negatives(), store, split)
@@ -122,7 +130,7 @@ def measure(folder: Path, per_rank: int, longest: int, steps: int, repeats: int)
             names = np.roll(list(DEALINGS), turns).tolist()
             turns += 1
             for name in names:
-                batches = [loader.batch(0, step) for loader in loaders[name]]
+                batches = [loader.batch(0, repeat * steps + step) for loader in loaders[name]]
                 costs = [model.step_cost(batch) for batch in batches]
                 if turns == 1:  # warm-up: allocations
                     timed(model, max(batches, key=lambda batch: batch.num_tokens), 0, 0)
@@ -146,8 +154,16 @@ def measure(folder: Path, per_rank: int, longest: int, steps: int, repeats: int)
         "predicted": {name: predicted[BASE] / predicted[name] for name in others},
         "pairs_per_token": token / pair,
         "fixed_in_tokens": fixed / token,
-        "users": per_rank * WORLD * steps,
+        "users": users,
     }
+
+
+def predict(per_rank: int, longest: int, batches: int = 200) -> str:
+    """The same ratio by predicted cost alone, over many global batches."""
+    tokens = draw_lengths(np.random.default_rng(0), (batches, WORLD, per_rank), longest)
+    costs = predicted_cost(tokens, tokens * (tokens + 1) // 2)
+    balanced = sum(max(flat[part].sum() for part in deal(flat, WORLD)) for flat in costs.reshape(batches, -1))
+    return f"{costs.sum(2).max(1).sum() / balanced:.2f} by predicted cost alone, {batches} global batches, not timed"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -158,31 +174,34 @@ def spread(values: Sequence[float]) -> str:
 def main() -> None:
     """All settings, one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--per-rank", type=int, nargs="+", default=[8, 16, 32], help="sequences a rank and step")
-    parser.add_argument("--longest", type=int, default=1024)
+    parser.add_argument("--settings", nargs="+", default=["8x2048", "16x1024"], help="sequences a rank x the longest")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dry-run", action="store_true", help="print, write no result")
     a = parser.parse_args()
     torch.set_num_threads(1)
     rows = [
-        ("lengths", f"Zipf {ZIPF_ALPHA}, cut to {a.longest}; {WORLD} ranks, {a.steps} steps, {a.repeats} repeats"),
+        ("run", f"lengths of Zipf {ZIPF_ALPHA}; {WORLD} ranks; {a.repeats} repeats of {a.steps} global batches each"),
         ("model", "HSTU (paper), 2 layers, width 64, 2 heads, time and position bias, 128 sampled negatives, fp32"),
         ("figure", "sum over steps of the slowest rank's seconds, plain over the other dealing: median (range)"),
     ]
-    for per_rank in a.per_rank:
+    for setting in a.settings:
+        per_rank, longest = map(int, setting.split("x"))
+        about = f"{per_rank} sequences a rank, longest {longest}"
         with tempfile.TemporaryDirectory() as name:
-            found = measure(Path(name), per_rank, a.longest, a.steps, a.repeats)
+            found = measure(Path(name), per_rank, longest, a.steps, a.repeats)
         print(json.dumps(found), flush=True)
         for dealing, by in found["ratios"].items():
             values = f"{spread(by['clock'])} by the clock, {spread(by['processor'])} by processor time"
             predicted = f"predicted {found['predicted'][dealing]:.2f}"
-            rows.append((f"{per_rank} sequences a rank: plain / {dealing}", f"{values}; {predicted}"))
+            rows.append((f"{about}: plain / {dealing}", f"{values}; {predicted}"))
         fitted = f"{found['pairs_per_token']:.0f} pairs, a step {found['fixed_in_tokens']:.0f} tokens"
         rows.append(
             (f"{per_rank} a rank: a token costs, by these times", f"{fitted} (the loader: {PAIRS_PER_TOKEN}, 0)")
         )
-    given = f"--per-rank {' '.join(map(str, a.per_rank))} --longest {a.longest} --steps {a.steps} --repeats {a.repeats}"
+    for per_rank, longest in PREDICTED:
+        rows.append((f"{per_rank} sequences a rank, longest {longest}: plain / balanced", predict(per_rank, longest)))
+    given = f"--settings {' '.join(a.settings)} --steps {a.steps} --repeats {a.repeats}"
     if a.dry_run:
         print("\n".join(f"{name}: {value}" for name, value in rows))
     else:

@@ -34,7 +34,7 @@ from gr.errors import UserError
 _SHUFFLE = 0x73687566
 # Query-key pairs that cost as much as one token. Matrix products alone say 2.5 D (linear layers take about 5 D^2
 # multiply-adds a token, attention 2 D a pair): 160 at width 64, 2560 at 1024. But the rest done to a token waits for
-# memory: on a CPU 2000 were measured at width 64 (benchmarks.train.balance). Ranks need only be alike, so one number
+# memory: on a CPU 730 were measured at width 64 (benchmarks.train.balance). Ranks need only be alike, so one number
 # does for all: dealt by 1024, the dearest rank of Zipf and of uniform lengths is within 2 % of what the true number
 # would give, be that 64 or 5000.
 PAIRS_PER_TOKEN = 1024

@@ -88,6 +88,7 @@ def run_step(
     seed_step(context.seed, context.step, ctx.rank)
     sums: Tensor | None = None
     names: tuple[str, ...] = ()
+    finite = True
     cost, rows, forward = StepCost(), (0, 0), Stopwatch(device)
     for number, batch in enumerate(batches):
         assert batch.num_sequences > 0 and batch.num_tokens > 0, f"rank {ctx.rank} got an empty batch"
@@ -106,7 +107,8 @@ def run_step(
                 known = torch.stack([losses.total, losses.weight]).detach().double()
                 weight = all_reduce_sum(known, ctx)[1]
                 # On a GPU nobody waits to know, so that rows of such a batch learn what is not finite.
-                if device.type != "cpu" or bool(torch.isfinite(known).all()):
+                finite = device.type != "cpu" or bool(torch.isfinite(known).all())
+                if finite:
                     (losses.total * _scale(weight, ctx).to(losses.total.dtype)).backward()
         names = tuple(sorted(losses.parts))
         scalars = [losses.total, losses.weight, *(losses.parts[name] for name in names)]
@@ -120,7 +122,7 @@ def run_step(
         if grads:
             torch._foreach_mul_(grads, _scale(sums[1], ctx).to(grads[0].dtype))
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None])
-    grad_norm = grad_norm.to(device)
+    grad_norm = grad_norm.to(device) if finite else torch.full((), torch.nan, device=device)
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(dense, clip_norm, grad_norm)
     update_if_finite(optimizer, torch.cat([sums[:2], grad_norm.double().reshape(1)]))
