@@ -122,6 +122,7 @@ def make_batch(shape: Shape, seed: int) -> Any:
 
 def train(shape: Shape, context: Context) -> Result:
     """Median time of a step, and what follows from it."""
+    from gr.distributed.engine import Engine
     from gr.distributed.process import ProcessContext
     from gr.training.config import OptimizerConfig
     from gr.training.optimizer import make_optimizer
@@ -135,14 +136,15 @@ def train(shape: Shape, context: Context) -> Result:
     model = build(shape, context).train()
     dense = model.dense_parameters()
     optimizer = make_optimizer(dense, model.table_parameters(), OptimizerConfig())
+    ctx = ProcessContext(device=device)
+    engine = Engine(model, optimizer, dense, ctx)
     hosts = [make_batch(shape, seed) for seed in range(2)]
     costs, batches = [model.step_cost(batch) for batch in hosts], [batch.to(device) for batch in hosts]
     timer, spent = devices.timer(context.device), []
     for number in range(2 if context.dry else WARM_UP + STEPS):
         timer.start()
         run_step(
-            model, Phase(), optimizer, dense, [batches[number % 2]], 1, StepContext(step=number, seed=0),
-            ProcessContext(device=device), clip_norm=None, bf16=not context.dry,
+            engine, Phase(), [batches[number % 2]], 1, StepContext(step=number, seed=0), ctx, bf16=not context.dry,
         )  # fmt: skip
         spent.append(timer.stop())
     if context.dry:

@@ -53,6 +53,7 @@ from gr.data.batch import JaggedBatch
 from gr.data.loader import TrainLoader
 from gr.data.split import Split
 from gr.data.store import EventStore
+from gr.distributed.engine import Engine
 from gr.distributed.process import ProcessContext
 from gr.evaluation.metrics import hit_rate
 from gr.evaluation.ranking import rank_targets
@@ -91,11 +92,12 @@ class Learner:
         self.model.train()
         if config.train.compile and name in OURS:
             self.model.compile(dynamic=True)
-        self.dense = self.model.dense_parameters()
-        self.optimizer = make_optimizer(self.dense, self.model.table_parameters(), config.train.optimizer)
-        self.optimizer.register_step_pre_hook(lambda *_: self._mark("backward"))
-        self.optimizer.register_step_post_hook(lambda *_: self._mark("optimizer"))
+        dense = self.model.dense_parameters()
+        optimizer = make_optimizer(dense, self.model.table_parameters(), config.train.optimizer)
+        optimizer.register_step_pre_hook(lambda *_: self._mark("backward"))
+        optimizer.register_step_post_hook(lambda *_: self._mark("optimizer"))
         self.phase, self.ctx = Phase(objective=self._objective), ProcessContext()
+        self.engine = Engine(self.model, optimizer, dense, self.ctx, clip_norm=config.train.clip_norm)
         self.reset()
 
     def reset(self) -> None:
@@ -109,15 +111,12 @@ class Learner:
         batch = make()
         self._mark("loader")
         return run_step(
-            self.model,
+            self.engine,
             self.phase,
-            self.optimizer,
-            self.dense,
             [batch],
             1,
             StepContext(step=number, seed=self.config.seed),
             self.ctx,
-            clip_norm=self.config.train.clip_norm,
             bf16=self.name == "hstu_bf16",
             step_cost=getattr(self.model, "step_cost", None),  # the trainer counts too
         )

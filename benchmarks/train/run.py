@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.train.quality import ROOT, VARIANTS
 from gr import config as configs
+from gr.distributed.engine import Engine
 from gr.distributed.process import ProcessContext
 from gr.training.assemble import assemble, open_data, train_loader
 from gr.training.environment import describe
@@ -45,14 +46,14 @@ def stepper(overrides: list[str], cache: str) -> Callable[[int], None]:
     model = assemble(config, store, split).train()
     loader = train_loader(config, store, split, ctx)
     dense, tables = model.dense_parameters(), model.table_parameters()
-    optimizer = make_optimizer(dense, tables, config.train.optimizer)
+    engine = Engine(model, make_optimizer(dense, tables, config.train.optimizer), dense, ctx)
     phase, count = Phase(), loader.num_batches(0)
 
     def step(number: int) -> None:
         batch = loader.batch(0, number % count, number)
         context = StepContext(step=number, seed=0)
         bf16 = config.train.precision == "bf16"
-        run_step(model, phase, optimizer, dense, [batch], 1, context, ctx, clip_norm=None, bf16=bf16)
+        run_step(engine, phase, [batch], 1, context, ctx, bf16=bf16)
 
     return step
 

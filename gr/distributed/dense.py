@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from gr.distributed.process import ProcessContext
 
 
-class _PlainOutput(nn.Module):
+class PlainOutput(nn.Module):
     """Calls the model and hands its losses on as a plain tuple.
 
-    DistributedDataParallel finds the tensors of an output by flattening tuples, lists and dicts. It takes a
-    dataclass for a leaf without tensors, and a static graph then never averages the gradients (seen with
-    torch 2.13).
+    Wrappers find the tensors of an output by flattening tuples, lists and dicts. They take a dataclass for a leaf
+    without tensors: FSDP2 then never gathers before the backward pass, and DistributedDataParallel with a static graph
+    never averages the gradients (seen with torch 2.13).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,25 +31,43 @@ class _PlainOutput(nn.Module):
         return losses.total, dict(losses.parts), losses.weight
 
 
-class DataParallel(nn.Module):
-    """The model, its gradients averaged over ranks; ``forward(batch)`` returns the model's own ``Losses``.
+class Wrapped(nn.Module):
+    """A model inside a wrapper; ``forward(batch)`` returns the model's own ``Losses``.
+
+    Args:
+        wrapper: Calls ``plain`` and returns what it returned.
+        plain: The model.
+    """
+
+    def __init__(self, wrapper: nn.Module, plain: PlainOutput) -> None:
+        super().__init__()
+        self.wrapper = wrapper
+        self._plain = (plain,)  # not a part: the wrapper may hide it from whoever looks for parameters
+
+    def forward(self, batch: Any) -> Any:
+        """The model's ``Losses`` for this rank's batch."""
+        total, parts, weight = self.wrapper(batch)
+        return self._plain[0].losses_type(total=total, parts=parts, weight=weight)
+
+
+class DataParallel(Wrapped):
+    """The model, its gradients averaged over ranks.
 
     Call it once per backward pass. The average is over ranks, so a gradient of sums must be multiplied by
     ``world``.
     """
 
     def __init__(self, model: nn.Module, ctx: ProcessContext, accumulate: bool) -> None:
-        super().__init__()
         # A static graph finds out once which parameters a step uses; a model whose steps differ must say so.
         # Under no_sync torch 2.13 fails an internal assertion in a static graph: then each pass is searched.
         find_unused = accumulate or bool(getattr(model, "find_unused_parameters", False))
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers to a word that 2.11 does not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            plain = _PlainOutput(model)
+            plain = PlainOutput(model)
             # What is sharded learns by itself.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(plain, _sharded_names(plain))
-            self.parallel = DistributedDataParallel(
+            parallel = DistributedDataParallel(
                 plain,
                 device_ids=[ctx.device.index] if ctx.device.type == "cuda" else None,
                 broadcast_buffers=False,
@@ -57,11 +75,7 @@ class DataParallel(nn.Module):
                 find_unused_parameters=find_unused,
                 static_graph=not find_unused,
             )
-
-    def forward(self, batch: Any) -> Any:
-        """The model's ``Losses`` for this rank's batch."""
-        total, parts, weight = self.parallel(batch)
-        return self.parallel.module.losses_type(total=total, parts=parts, weight=weight)
+        super().__init__(parallel, plain)
 
 
 def _sharded_names(model: nn.Module) -> list[str]:
@@ -85,4 +99,4 @@ def wrap(model: nn.Module, ctx: ProcessContext, accumulate: bool = False) -> nn.
 
 def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within it gradients only accumulate: for all micro-batches of a step but the last."""
-    return model.parallel.no_sync() if isinstance(model, DataParallel) else contextlib.nullcontext()
+    return model.wrapper.no_sync() if isinstance(model, DataParallel) else contextlib.nullcontext()

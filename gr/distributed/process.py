@@ -13,7 +13,7 @@ import gc
 import importlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ _LIMB = 31
 
 _MEETING_PATIENCE_S = 25.0
 """How long a process waits for rank 0 to listen."""
+_when_leaving: list[Callable[[], None]] = []
 # How collectives tell of a peer that is gone: gloo and NCCL raise plain RuntimeErrors, the store DistErrors.
 _GONE = re.compile(r"gloo|nccl|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|socket", re.IGNORECASE)
 
@@ -111,6 +112,11 @@ def start(
     return ProcessContext(rank, world, local_rank, chosen)
 
 
+def when_leaving(forget: Callable[[], None]) -> None:
+    """Has ``finish`` call ``forget`` first: for libraries that hold on to groups beyond their use."""
+    _when_leaving.append(forget)
+
+
 def finish(ctx: ProcessContext) -> None:
     """Leaves all groups and ends their threads; harmless when there is none. ``ctx`` serves for nothing afterwards.
 
@@ -118,6 +124,8 @@ def finish(ctx: ProcessContext) -> None:
     of references, which only the collector breaks; here that is done while the interpreter can still lend its lock.
     """
     if ctx.world > 1 and dist.is_initialized():
+        while _when_leaving:
+            _when_leaving.pop()()
         object.__setattr__(ctx, "patient", None)
         dist.destroy_process_group()
         gc.collect()

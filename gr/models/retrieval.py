@@ -95,6 +95,10 @@ class RetrievalModel(nn.Module):
         owned = {id(p) for p in self.table_parameters()}
         return [p for p in self.parameters() if id(p) not in owned]
 
+    def blocks(self) -> list[nn.Module]:
+        """Modules that run one after another and hold most of the dense parameters."""
+        return list(getattr(self.encoder, "layers", ()))
+
     def encode(
         self, batch: JaggedBatch, extra: dict[str, Tensor] | None = None, full_softmax: tuple[str, ...] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -144,6 +144,7 @@ def _train(
         ctx,
         folder.path,
         config.seed,
+        config.distributed.dense,
     )
     result = trainer.fit()
     if result.status == "stopped":

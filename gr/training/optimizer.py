@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from gr.training.config import OptimizerConfig
 
@@ -40,26 +39,3 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Sets every group's learning rate to its base times ``factor``."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-
-
-def update_if_finite(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
-    """One update, unless one of ``numbers`` is not finite: the weights then stay those that led there.
-
-    On a GPU nobody waits for the numbers, so the next steps are taken before anybody looks; they update nothing either.
-    (Only fused optimizers of plain tensors can be held back there.)
-    """
-    if numbers.device.type == "cpu":
-        if bool(torch.isfinite(numbers).all()):
-            optimizer.step()
-        return
-    _hold(optimizer, ~torch.isfinite(numbers).all())
-    optimizer.step()
-
-
-def _hold(optimizer: torch.optim.Optimizer, broken: Tensor) -> None:
-    """From a ``broken`` step on, a fused optimizer updates nothing: torch's gradient scaling asks for the same."""
-    plain = not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
-    if plain and optimizer.defaults.get("fused"):
-        broken = broken.float()
-        before = getattr(optimizer, "found_inf", None)
-        optimizer.found_inf = broken if before is None else torch.maximum(before, broken)

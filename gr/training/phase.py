@@ -34,7 +34,8 @@ class StepContext:
 class Hooks:
     """Called on every rank with the bare model, where they must do the same: buffers are not broadcast.
 
-    What they keep must be in buffers of the model, or a resume loses it.
+    What they keep must be in buffers of the model, or a resume loses it. From ``before_epoch`` on they may read the
+    dense weights, but not change them: the processes may hold others (``distributed.dense``).
 
     Attributes:
         before_phase: Once, before the phase's first step.

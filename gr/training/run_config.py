@@ -66,7 +66,7 @@ class RunConfig:
         objective: The loss and its negatives.
         train: Optimizer, schedule, length, checkpoints.
         evaluation: How the model is judged.
-        distributed: Sharded tables, and what lets tables be sharded.
+        distributed: How processes share the tables and the rest of the model.
         runs: Folder of run folders.
         cache: Folder of prepared data.
         device: ``auto`` is CUDA where there is one.
@@ -95,6 +95,7 @@ class RunConfig:
             raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2**63")
         if not 1 <= self.timeout_s <= 86_400:
             raise UserError(f"timeout_s is {self.timeout_s}; it must be from 1 to 86400 seconds")
+        self.distributed.dense.check(self.train.accumulate, self.train.compile)
         stopping = self.train.early_stopping
         if stopping is not None and stopping.metric not in metric_names(self.evaluation.ks):
             raise UserError(

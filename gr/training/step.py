@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gr.data.batch import JaggedBatch
-from gr.distributed.dense import no_sync
+from gr.distributed.engine import Engine
 from gr.distributed.process import ProcessContext, all_reduce_sum
 from gr.flops import StepCost
-from gr.training.optimizer import update_if_finite
 from gr.training.phase import Phase, StepContext
 from gr.training.watch import Stopwatch, Work, slots
 
@@ -45,16 +43,13 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def run_step(
-    model: nn.Module,
+    engine: Engine,
     phase: Phase,
-    optimizer: torch.optim.Optimizer,
-    dense: Sequence[nn.Parameter],
     batches: Iterable[JaggedBatch],
     num_batches: int,
     context: StepContext,
     ctx: ProcessContext,
     *,
-    clip_norm: float | None,
     bf16: bool,
     step_cost=None,
     tables=None,
@@ -66,25 +61,24 @@ def run_step(
     the loss and its gradient are the same.
 
     Args:
-        model: As wrapped for data parallelism.
+        engine: The model as it is called and its optimizer, with this step's learning rate set.
         phase: Gives the objective.
-        optimizer: With this step's learning rate set.
-        dense: Parameters whose gradient is measured and clipped.
         batches: Yields ``num_batches`` micro-batches.
         num_batches: How many, the same on every rank.
         context: Passed to the objective.
         ctx: Rank, world and device.
-        clip_norm: Largest gradient norm, or ``None``.
         bf16: Whether matrix products run in bfloat16.
         step_cost: ``batch -> StepCost`` with tokens, pairs, forward_flops; ``None``: only tokens are counted.
         tables: Tables that own their optimizer, with this step's learning rate set, or ``None``. They may learn during
-            the backward pass, so the global weight is asked for before it, and there is one micro-batch.
+            the backward pass, so the global weight is asked for before it, and there is one micro-batch. The same
+            holds for an engine that divides gradients as they arrive.
 
     Returns:
         Sums and norm, still on the device.
     """
     device = ctx.device
-    optimizer.zero_grad(set_to_none=True)
+    engine.zero_grad()
+    scale_first = tables is not None or engine.scale_first
     seed_step(context.seed, context.step, ctx.rank)
     sums: Tensor | None = None
     names: tuple[str, ...] = ()
@@ -97,19 +91,19 @@ def run_step(
         rows = tuple(map(sum, zip(rows, slots(batch), strict=True)))
         batch = batch.to(device) if device.type != "cpu" else batch
         # The last micro-batch's forward and backward both belong to the reducing pass.
-        with no_sync(model) if number + 1 < num_batches else contextlib.nullcontext():
+        with engine.micro_batch(last=number + 1 == num_batches):
             with forward, torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                losses = phase.objective(model, batch, context)
-            if tables is None:
-                losses.total.backward()
+                losses = phase.objective(engine.model, batch, context)
+            if not scale_first:
+                engine.backward(losses.total)
             else:
-                assert num_batches == 1, "tables that own their optimizer learn at every backward pass"
+                assert num_batches == 1, "the weight of later batches is not known"
                 known = torch.stack([losses.total, losses.weight]).detach().double()
                 weight = all_reduce_sum(known, ctx)[1]
                 # On a GPU nobody waits to know, so that rows of such a batch learn what is not finite.
                 finite = device.type != "cpu" or bool(torch.isfinite(known).all())
                 if finite:
-                    (losses.total * _scale(weight, ctx).to(losses.total.dtype)).backward()
+                    engine.backward(losses.total * _scale(weight, ctx).to(losses.total.dtype))
         names = tuple(sorted(losses.parts))
         scalars = [losses.total, losses.weight, *(losses.parts[name] for name in names)]
         packed = torch.stack([torch.as_tensor(s, device=device).detach().double() for s in scalars])
@@ -117,15 +111,9 @@ def run_step(
     assert sums is not None, "a step needs a batch"
     own = sums[:2].clone()
     all_reduce_sum(sums, ctx)
-    for group in optimizer.param_groups if tables is None else ():
-        grads = [p.grad for p in group["params"] if p.grad is not None]
-        if grads:
-            torch._foreach_mul_(grads, _scale(sums[1], ctx).to(grads[0].dtype))
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None])
-    grad_norm = grad_norm.to(device) if finite else torch.full((), torch.nan, device=device)
-    if clip_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(dense, clip_norm, grad_norm)
-    update_if_finite(optimizer, torch.cat([sums[:2], grad_norm.double().reshape(1)]))
+    grad_norm = engine.update(None if scale_first else _scale(sums[1], ctx), sums[:2])
+    if not finite:
+        grad_norm = torch.full_like(grad_norm, torch.nan)
     if tables is not None:
         tables.update()
     work = Work(cost.tokens, cost.pairs, cost.forward_flops, *rows, forward)

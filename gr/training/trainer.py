@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,8 @@ from torch import nn
 
 from gr.config import config_hash
 from gr.data.batch import JaggedBatch
-from gr.distributed.dense import wrap
+from gr.distributed.config import DenseConfig
+from gr.distributed.engine import Engine, make_engine
 from gr.distributed.process import ProcessContext, broadcast_object, gather_integers, main_only_errors
 from gr.errors import Diverged, UserError
 from gr.kernels.native import has_bf16_units
@@ -106,9 +108,7 @@ class _PhaseRun:
     """A phase while it runs."""
 
     phase: Phase
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    dense: list[nn.Parameter]
+    engine: Engine
     counts: list[int]
     total_steps: int
 
@@ -121,7 +121,7 @@ class Trainer:
 
     Args:
         model: ``forward(batch) -> Losses``. Optional: ``table_parameters()``, ``step_cost(batch)`` (an object
-            with integers ``tokens``, ``pairs``, ``forward_flops``), ``find_unused_parameters``.
+            with integers ``tokens``, ``pairs``, ``forward_flops``), ``blocks()``, ``find_unused_parameters``.
         phases: At least one.
         loader: Training batches.
         evaluate: ``bare model -> metrics``, called in eval mode without gradients on every rank; ``None``: no
@@ -130,6 +130,7 @@ class Trainer:
         ctx: Rank, world and device.
         run_dir: Where files go; every rank must see it (rank 0 writes, all read on resume).
         seed: Of everything drawn in training.
+        dense: How processes share what is not a table; ``None``: each has all of it.
     """
 
     def __init__(
@@ -142,12 +143,15 @@ class Trainer:
         ctx: ProcessContext,
         run_dir: str | Path,
         seed: int,
+        dense: DenseConfig | None = None,
     ) -> None:
         assert phases, "training needs a phase"
         if config.early_stopping is not None and evaluate is None:
             raise UserError("early_stopping is set but the split has no validation targets; set early_stopping: null")
         if own_tables(model) is not None:
             _check_own_tables(model.tables, config)
+        self.dense = dense or DenseConfig()
+        self.dense.check(config.accumulate, config.compile)
         self.model = model.to(ctx.device)
         self.phases = list(phases)
         self.loader = loader
@@ -216,8 +220,7 @@ class Trainer:
         while state.phase_step < run.total_steps or state.index > 0:
             self._run_epoch(run)
             if self._stopping:
-                self._save(run.optimizer)
-                return False
+                return self._stop_phase(run)
             if state.total.weight <= 0:
                 raise UserError(
                     f"epoch {state.epoch + 1} held no label to learn from; the log needs users with two training events"
@@ -225,14 +228,18 @@ class Trainer:
             last = state.phase_step >= run.total_steps
             due = last or (state.epoch + 1) % config.evaluate_every_epochs == 0
             if self.evaluate is not None and due and not self._evaluate(run):
-                self._save(run.optimizer)
-                return False
+                return self._stop_phase(run)
             state.epoch, state.index = state.epoch + 1, 0
             if last or state.best.exhausted(config.early_stopping):
                 break
-            self._save(run.optimizer)
+            self._save(run.engine)
         self._end_phase(run)
         return True
+
+    def _stop_phase(self, run: _PhaseRun) -> bool:
+        self._save(run.engine)
+        run.engine.close()
+        return False
 
     def _begin_phase(self) -> _PhaseRun:
         state, config = self.state, self.config
@@ -256,16 +263,25 @@ class Trainer:
             tables = []
             if not dense:
                 raise UserError(f"phase {phase.name} trains tables alone; tables that own their optimizer need others")
-        optimizer = make_optimizer(dense, tables, config.optimizer)
+        engine = make_engine(
+            self.dense,
+            self.model,
+            dense,
+            tables,
+            partial(make_optimizer, cfg=config.optimizer),
+            self.ctx,
+            clip_norm=config.clip_norm,
+            accumulate=config.accumulate > 1,
+        )
         if self._optimizer_state is not None:
-            optimizer.load_state_dict(self._optimizer_state)
+            engine.load_state_dict(self._optimizer_state)
             self._optimizer_state = None
-        wrapped = wrap(self.model, self.ctx, accumulate=config.accumulate > 1)
-        return _PhaseRun(phase, wrapped, optimizer, dense, counts, total_steps)
+        return _PhaseRun(phase, engine, counts, total_steps)
 
     def _end_phase(self, run: _PhaseRun) -> None:
         """Keeps the phase's weights (the best, where they are selected) and moves on to the next phase."""
         state = self.state
+        run.engine.close()
         if self.evaluate is None:
             state.best.update(state.step, {}, None)
             self._save_best()
@@ -284,8 +300,10 @@ class Trainer:
         state, config = self.state, self.config
         count = run.counts[state.epoch]
         if state.index == 0 and run.phase.hooks.before_epoch is not None:
-            run.phase.hooks.before_epoch(self.model, state.epoch)
+            with run.engine.whole():
+                run.phase.hooks.before_epoch(self.model, state.epoch)
         self.model.train()
+        run.engine.model.train()
         stop = min(count, state.index + (run.total_steps - state.phase_step) * config.accumulate)
         first, step, epoch = state.index, state.step, state.epoch
         keys = ((epoch, i, step + (i - first) // config.accumulate) for i in range(first, stop))
@@ -304,7 +322,7 @@ class Trainer:
                 every = config.checkpoint_every_steps
                 if every and state.step % every == 0 and not over and not self._stopping:
                     self._flush(run)
-                    self._save(run.optimizer)
+                    self._save(run.engine)
                     self._mark = time.perf_counter()
 
     def _make_batch(self, epoch: int, index: int, step: int) -> JaggedBatch:
@@ -317,21 +335,18 @@ class Trainer:
         state, config = self.state, self.config
         context = StepContext(state.step, self.seed, state.epoch, run.phase.name)
         factor = lr_factor(state.phase_step, run.total_steps, config.schedule)
-        set_lr(run.optimizer, factor)
+        set_lr(run.engine, factor)
         tables = own_tables(self.model)
         if tables is not None:
             tables.set_lr_factor(factor)
         try:
             result = run_step(
-                run.model,
+                run.engine,
                 run.phase,
-                run.optimizer,
-                run.dense,
                 islice(batches, num_batches),
                 num_batches,
                 context,
                 self.ctx,
-                clip_norm=config.clip_norm,
                 bf16=config.precision == "bf16",
                 step_cost=getattr(self.model, "step_cost", None),
                 tables=tables,
@@ -342,7 +357,8 @@ class Trainer:
                 "or batching.tokens_per_batch, and raise accumulate to learn from as many sequences a step"
             ) from None
         if run.phase.hooks.after_step is not None:
-            run.phase.hooks.after_step(self.model, context)
+            with run.engine.whole():
+                run.phase.hooks.after_step(self.model, context)
         state.step += 1
         state.phase_step += 1
         state.index += num_batches
@@ -392,7 +408,8 @@ class Trainer:
             "grad_norm": norm,
             "config_hash": read_hash(self.folder.config) if known else config_hash(config),
         }
-        kept = keep_evidence(self.folder.diverged, self.model, run.phase, taken, batches, facts, self.ctx)
+        with run.engine.whole():
+            kept = keep_evidence(self.folder.diverged, self.model, run.phase, taken, batches, facts, self.ctx)
         precision = ", or use precision fp32" if self.config.precision == "bf16" else ""
         raise Diverged(
             f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}; lower optimizer.lr "
@@ -407,7 +424,7 @@ class Trainer:
                 "epoch": state.epoch,
                 "phase": run.phase.name,
                 "loss": window.mean_loss,
-                "lr": run.optimizer.param_groups[0]["lr"],
+                "lr": run.engine.param_groups[0]["lr"],
                 "grad_norm": self._grad_norm,
                 "tokens_per_s": window.tokens_per_s,
                 "tokens": state.total.tokens,
@@ -430,6 +447,10 @@ class Trainer:
 
     def _evaluate(self, run: _PhaseRun) -> bool:
         """Validates and keeps the weights if they are the ones to keep; False if a stop cut it short."""
+        with run.engine.whole():
+            return self._evaluate_whole(run)
+
+    def _evaluate_whole(self, run: _PhaseRun) -> bool:
         state, config = self.state, self.config
         assert self.evaluate is not None
         begin = time.perf_counter()
@@ -461,15 +482,16 @@ class Trainer:
 
     # Saving and resuming ------------------------------------------------------------------------------------
 
-    def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def _save(self, engine: Engine | None) -> None:
         assert not self._pending, "steps must be checked before they are saved"
         payload = {
             "format": FORMAT,
             "fingerprint": self._fingerprint,
-            "optimizer": None if optimizer is None else optimizer.state_dict(),
+            "optimizer": None if engine is None else engine.state_dict(),
             "state": self.state.to_dict(),
         }
-        save_step(self.model, self.folder.checkpoints, self.state.step, payload, self.config.keep_last, self.ctx)
+        with contextlib.nullcontext() if engine is None else engine.whole():
+            save_step(self.model, self.folder.checkpoints, self.state.step, payload, self.config.keep_last, self.ctx)
 
     def _save_best(self) -> None:
         save_best(self.model, self.folder.best, self.state.best.step, self.state.best.metrics, self.ctx)

@@ -10,10 +10,11 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+from gr.distributed import engine
 from gr.distributed.process import process
 from gr.errors import Diverged, UserError
 from gr.losses import Losses
-from gr.training import guard, optimizer, trainer
+from gr.training import guard, trainer
 from gr.training.guard import load_evidence, replay
 from gr.training.phase import Phase
 from gr.training.weights import load_weights
@@ -69,12 +70,12 @@ def again(path: Path) -> list[tuple[float, float]]:
 def as_on_a_gpu(monkeypatch) -> None:
     """Nobody looks at a step before four are done, and the update is held back by a tensor."""
 
-    def update(optimizer_, numbers) -> None:
-        optimizer._hold(optimizer_, ~torch.isfinite(numbers).all())
-        optimizer_.step()
+    def update(optimizer, numbers) -> None:
+        engine._hold(optimizer, ~torch.isfinite(numbers).all())
+        optimizer.step()
 
     monkeypatch.setattr(trainer, "_sync_every", lambda device: 16)
-    monkeypatch.setattr("gr.training.step.update_if_finite", update)
+    monkeypatch.setattr("gr.distributed.engine.update_if_finite", update)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "flushed-later"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from gr.distributed.engine import Engine
 from gr.distributed.process import ProcessContext
 from gr.errors import UserError
 from gr.training.config import EarlyStoppingConfig, OptimizerConfig, ScheduleConfig
@@ -59,15 +60,12 @@ def test_the_gradient_is_that_of_the_weighted_mean(tmp_path):
     expected = torch.autograd.grad(mean, parameters)
     optimizer = torch.optim.SGD(parameters, lr=0.0)
     result = run_step(
-        model,
+        Engine(model, optimizer, [model.linear.weight, model.linear.bias], ProcessContext()),
         Phase(),
-        optimizer,
-        [model.linear.weight, model.linear.bias],
         batches,
         3,
         StepContext(0, 0),
         ProcessContext(),
-        clip_norm=None,
         bf16=False,
     )
     for parameter, gradient in zip(parameters, expected, strict=True):
@@ -84,7 +82,8 @@ def test_clipping_bounds_dense_parameters_and_leaves_tables_alone():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     context = StepContext(0, 0)
     batches = [loader.batch(0, 0, 0)]
-    run_step(model, Phase(), optimizer, dense, batches, 1, context, ProcessContext(), clip_norm=1e-3, bf16=False)
+    engine = Engine(model, optimizer, dense, ProcessContext(), clip_norm=1e-3)
+    run_step(engine, Phase(), batches, 1, context, ProcessContext(), bf16=False)
     assert float(nn.utils.get_total_norm([p.grad for p in dense])) == pytest.approx(1e-3, rel=1e-3)
     torch.testing.assert_close(tables[0].grad, free)
 
