@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,3 +78,26 @@ def summed(path: Path) -> tuple[int, int]:
             size += len(chunk)
             crc32 = zlib.crc32(chunk, crc32)
     return size, crc32
+
+
+def first_damage(folder: Path, sums: Mapping[str, Sequence[int]], part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with the first file of a folder that is not as it was written, in words; ``None``: all are.
+
+    Args:
+        folder: Where they are.
+        sums: Name in the folder -> [bytes, crc32].
+        part: Of the files, sorted by name, number ``part`` and every ``parts``-th from there are read.
+        parts: Among how many the work is shared.
+    """
+    for name in sorted(sums)[part::parts]:
+        try:
+            size, crc32 = summed(folder / name)
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
+        if size != sums[name][0]:
+            return f"{name} has {size} bytes of {sums[name][0]}"
+        if crc32 != sums[name][1]:
+            return f"{name} has changed"
+    return None

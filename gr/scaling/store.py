@@ -150,7 +150,8 @@ class RunDir:
             return "running"
         if self.error() is not None:
             return "failed"
-        return "preempted" if any(self.model.glob("checkpoints/*.pt")) else "planned"
+        saved = any(path.suffix != ".tmp" for path in self.model.glob("checkpoints/step-*"))
+        return "preempted" if saved else "planned"
 
     def _alive(self, now: float) -> bool:
         beat = read_json(self.path / "heartbeat.json")

@@ -22,7 +22,7 @@ from gr.errors import UserError
 from gr.training.checkpoint import load_torch, save_torch
 from gr.training.phase import Phase, StepContext
 from gr.training.step import StepResult, seed_step
-from gr.training.weights import own_tables, save_best
+from gr.training.weights import gather, own_tables, write_best
 
 WEIGHTS = "weights.pt"
 
@@ -131,7 +131,7 @@ def keep_evidence(
     place = folder / f"step-{taken.context.step + 1:08d}"
     path = place / f"rank-{ctx.rank}.pt"
     try:
-        save_best(model, place / WEIGHTS, taken.context.step, {}, ctx)
+        write_best(gather(model, None, ctx), place / WEIGHTS, taken.context.step, {}, ctx)
     except UserError as error:
         return f"the batch could not be kept ({error})"
     failed = None

@@ -61,7 +61,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """``step-*.pt`` and ``last.json``."""
+        """A folder each; see ``gr.training.checkpoint``."""
         return self.path / "checkpoints"
 
     @property
@@ -149,7 +149,7 @@ def claim(
 
 
 def _began(folder: RunFolder) -> bool:
-    return folder.best.exists() or any(folder.checkpoints.glob("*.pt"))
+    return folder.best.exists() or any(path.suffix != ".tmp" for path in folder.checkpoints.glob("step-*"))
 
 
 def _forget(folder: RunFolder) -> None:

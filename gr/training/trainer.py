@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -30,7 +30,7 @@ from gr.distributed.engine import Engine, make_engine
 from gr.distributed.process import ProcessContext, broadcast_object, gather_integers, main_only_errors
 from gr.errors import Diverged, UserError
 from gr.kernels.native import has_bf16_units
-from gr.training.checkpoint import find_checkpoint, load_torch
+from gr.training.checkpoint import STATE, find_checkpoint, load_torch, set_aside
 from gr.training.config import TrainConfig
 from gr.training.guard import Taken, keep_evidence
 from gr.training.log import MetricsLog
@@ -39,12 +39,13 @@ from gr.training.phase import Phase, StepContext
 from gr.training.prefetch import prefetch
 from gr.training.progress import Progress, format_time
 from gr.training.run_folder import RunFolder, read_hash
+from gr.training.saver import Saver
 from gr.training.schedule import check_schedule, lr_factor
 from gr.training.signals import Interrupted, StopSignal
 from gr.training.state import Best, Counts, TrainState
 from gr.training.step import run_step
 from gr.training.watch import Waited, Watch
-from gr.training.weights import find_together, load_weights, own_tables, restore, save_best, save_step
+from gr.training.weights import State, gather, load_weights, own_tables, restore, write_best, write_step
 
 FORMAT = 1
 _SYNC_EVERY_STEPS = 16
@@ -167,6 +168,8 @@ class Trainer:
         self._mark = 0.0
         self._grad_norm = 0.0
         self._watch, self._waited = Watch(ctx, config.precision == "bf16"), Waited()
+        self._best_due: tuple[int, dict[str, float]] | None = None
+        self._saver = Saver(ctx, background=False)
         self._log: MetricsLog | None = None
         self._progress = Progress(enabled=ctx.is_main)
         self._optimizer_state: dict[str, Any] | None = None
@@ -187,10 +190,12 @@ class Trainer:
                 if main:
                     stack.enter_context(self.folder.lock())
             self._stop = stack.enter_context(StopSignal())
+            self._saver = stack.enter_context(Saver(self.ctx, self.config.checkpoint_async))
             stack.callback(self._progress.close)
             stack.enter_context(_kept_requires_grad(self.model))
             self._stopping = False
             self._pending.clear()
+            self._best_due = None
             self._resume()
             with main_only_errors(self.ctx) as main:
                 if main:
@@ -205,8 +210,10 @@ class Trainer:
                 self.model.compile(dynamic=True)
             while self.state.phase < len(self.phases):
                 if not self._run_phase():
+                    self._saver.wait()
                     self._progress.note(f"saved at step {self.state.step}; the same command resumes")
                     return self._result("stopped")
+            self._saver.wait()
             self._load_best()
             return self._result("done")
 
@@ -284,8 +291,9 @@ class Trainer:
         run.engine.close()
         if self.evaluate is None:
             state.best.update(state.step, {}, None)
-            self._save_best()
-        elif self.config.early_stopping is not None:
+            self._best_due = (state.step, {})
+        elif self.config.early_stopping is not None and self._best_due is None:
+            self._saver.wait()
             self._load_best()
         state.phase += 1
         state.window = Counts()
@@ -373,9 +381,11 @@ class Trainer:
         rows = torch.stack([torch.cat([r.sums, r.grad_norm.double().reshape(1)]) for r in results]).tolist()
         spent = time.perf_counter() - self._mark
         told = self._watch.numbers([result.work for result in results], spent, self._waited)
-        everybody = gather_integers([self._stop.requested, *told], self.ctx)
-        stopping = sum(told[0] for told in everybody)
-        done = self._watch.add([told[1:] for told in everybody])
+        everybody = gather_integers([self._stop.requested, self._saver.failed, *told], self.ctx)
+        stopping, failed = (sum(told[place] for told in everybody) for place in (0, 1))
+        if failed:
+            self._saver.wait()  # which raises on every rank what it met on one
+        done = self._watch.add([told[2:] for told in everybody])
         now = time.perf_counter()
         for taken, (loss, weight, *parts, norm) in zip(pending, rows, strict=True):
             if not (math.isfinite(loss) and math.isfinite(weight) and math.isfinite(norm)):
@@ -470,7 +480,7 @@ class Trainer:
         state.evaluation = metrics
         kept = state.best.update(state.step, metrics, selection)
         if kept:
-            self._save_best()
+            self._best_due = (state.step, dict(metrics))
         brief = {selection.metric if selection else "", "hr@10", "ndcg@10"} & metrics.keys() or metrics.keys()
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in brief)
         star = "  best so far" if kept and selection is not None else ""
@@ -483,30 +493,33 @@ class Trainer:
     # Saving and resuming ------------------------------------------------------------------------------------
 
     def _save(self, engine: Engine | None) -> None:
+        """A checkpoint, and the weights to keep if these are they."""
         assert not self._pending, "steps must be checked before they are saved"
-        payload = {
-            "format": FORMAT,
-            "fingerprint": self._fingerprint,
-            "optimizer": None if engine is None else engine.state_dict(),
-            "state": self.state.to_dict(),
-        }
-        with contextlib.nullcontext() if engine is None else engine.whole():
-            save_step(self.model, self.folder.checkpoints, self.state.step, payload, self.config.keep_last, self.ctx)
+        header = {"format": FORMAT, "fingerprint": self._fingerprint, "state": self.state.to_dict()}
+        folder, step, keep_last = self.folder, self.state.step, self.config.keep_last
+        best, self._best_due = self._best_due, None
 
-    def _save_best(self) -> None:
-        save_best(self.model, self.folder.best, self.state.best.step, self.state.best.metrics, self.ctx)
+        def write(state: State, ctx: ProcessContext) -> None:
+            if best is not None:
+                write_best(state, folder.best, *best, ctx)
+            write_step(state, folder.checkpoints, step, header, keep_last, ctx)
+
+        with contextlib.nullcontext() if engine is None else engine.whole():
+            self._saver.submit(gather(self.model, engine, self.ctx), write)
 
     def _load_best(self) -> None:
-        finished = self.state.phase >= len(self.phases)
+        finished, best = self.state.phase >= len(self.phases), self.state.best
         if finished and not broadcast_object(self.folder.best.exists(), self.ctx):
-            self._save_best()  # removed by hand; a finished run's last checkpoint holds the same weights
+            # Removed by hand; a finished run's last checkpoint holds the same weights.
+            write_best(gather(self.model, None, self.ctx), self.folder.best, best.step, best.metrics, self.ctx)
         load_weights(self.model, self.folder.best, self.ctx.device, self.ctx)
 
     def _resume(self) -> None:
-        path = find_together(lambda: find_checkpoint(self.folder.checkpoints), self.ctx)
-        if path is None:
+        found = find_checkpoint(self.folder.checkpoints, self.ctx)
+        if found.path is None:
             self.state = TrainState()
             return
+        path = found.path / STATE
         payload = load_torch(path, self.ctx.device)
         if payload.get("format") != FORMAT:
             raise UserError(f"checkpoint {path} has format {payload.get('format')}; this version reads format {FORMAT}")
@@ -517,8 +530,18 @@ class Trainer:
         restore(self.model, payload, path, self.ctx, sums=True)
         self._optimizer_state = payload["optimizer"]
         self.state = TrainState.from_dict(payload["state"])
+        self._set_aside(found.damaged)
         if self.state.phase < len(self.phases):
             self._progress.note(f"resuming from step {self.state.step}")
+
+    def _set_aside(self, damaged: Mapping[Path, str]) -> None:
+        with main_only_errors(self.ctx) as main:
+            for path, wrong in damaged.items() if main else ():
+                kept = set_aside(path)
+                self._progress.note(
+                    f"warning: checkpoint {path} is damaged ({wrong}); it is kept as {kept.name}, and training goes on "
+                    f"from the one before, step {self.state.step}"
+                )
 
     def _result(self, status: str) -> TrainResult:
         state = self.state
