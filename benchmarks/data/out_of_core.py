@@ -3,9 +3,8 @@
     python -m benchmarks.data.out_of_core --work FOLDER [--rows 100000000]
 
 A seeded log is written below ``--work`` (8 GB for 100 million rows, temporary files included), a process of its own
-prepares it, another reads the prepared store, and two ranks train on it in less memory than it takes
-(``benchmarks.data.train_limited``); all are watched through ``/proc`` and the folder is removed. The row goes to
-``benchmarks/results/out_of_core_<date>.jsonl``.
+prepares it, and another reads the prepared store; both are watched through ``/proc`` and the folder is removed. The
+row goes to ``benchmarks/results/out_of_core_<date>.jsonl``.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data import train_limited
 from benchmarks.data.large_log import write_large_log
 from gr.training.environment import describe
 
@@ -48,8 +46,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--core", choices=["once", "iterated"], default="once")
     parser.add_argument("--min-events", type=int, default=1, help="both minima")
-    parser.add_argument("--limit-gib", type=float, default=1.25, help="of each rank that trains; 0: none does")
-    parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--json", type=Path, help="where to append the row")
     arguments = parser.parse_args()
     date = datetime.date.today().strftime("%Y%m%d")
@@ -67,9 +63,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     a = arguments
     size = write_large_log(work / "log", a.rows, a.users, a.items, a.files, a.seed)
     command = [str(work / "log"), str(work / "store" / "prepared"), a.core, str(a.min_events)]
-    parts: dict[str, Any] = {name: watch(code, command, work / "store") for name, code in PARTS.items()}
-    if a.limit_gib:
-        parts["train"] = train_limited.measure(work / "store" / "prepared", a.limit_gib, 2, a.steps)
+    parts = {name: watch(code, command, work / "store") for name, code in PARTS.items()}
     manifest = json.loads((work / "store" / "prepared" / "manifest.json").read_text())
     stored = sum(f.stat().st_size for f in (work / "store" / "prepared").iterdir())
     return {

@@ -1,16 +1,19 @@
-"""Trains on a prepared log in less memory than the log takes: ``train`` in rows of ``benchmarks.data.out_of_core``.
+"""Trains on a prepared log that is larger than the memory that each rank may have.
 
-    python -m benchmarks.data.train_limited STORE [--limit-gib 1.0] [--world 2] [--steps 300]
+    python -m benchmarks.data.larger_than_memory --work FOLDER [--events 100000000] [--limit-gib 1] [--steps 300]
 
-Each rank limits its own memory (``RLIMIT_DATA``: what it may write to, which pages of mapped files are not; the system
-refuses more), after the log's files have left the page cache. Then the same with the columns copied into memory, which
-must fail. Run it within a memory cgroup to limit the page cache too; the row tells that limit.
+A seeded store is written below ``--work`` (16 bytes an event) and its files are taken out of the page cache. Then two
+ranks train on it, each of which limits its own memory (``RLIMIT_DATA``: what it may write to, which pages of mapped
+files are not; the system refuses more). As a control the columns are copied into memory, and that must fail. Within a
+memory cgroup the page cache is limited too; the row tells that limit. It goes to
+``benchmarks/results/larger_than_memory_<date>.jsonl``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import hashlib
 import json
 import os
@@ -19,22 +22,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from gr import config as configs
 from gr.data.split import make_split
-from gr.data.store import read_store
+from gr.data.store import Chunk, read_store, write_store
 from gr.distributed.process import process
 from gr.evaluation.metrics import means
 from gr.recipes.retrieval import rank as rank_targets_together
 from gr.training.assemble import assemble, sample_targets, train_loader
+from gr.training.environment import describe
 from gr.training.phase import Phase
 from gr.training.run_config import RunConfig
 from gr.training.trainer import Trainer
 
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+CHUNK_USERS = 20_000
 TARGETS = 500
 """Validation targets ranked among all items at the end."""
 CONFIG: dict[str, Any] = {
@@ -49,20 +57,53 @@ CONFIG: dict[str, Any] = {
 
 
 def main() -> None:
-    """Prints one measurement."""
+    """Runs the measurement once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("store", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the store, on a large disk")
+    parser.add_argument("--events", type=int, default=100_000_000)
+    parser.add_argument("--users", type=int, default=500_000)
+    parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--limit-gib", type=float, default=1.0, help="of each rank")
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--json", type=Path, help="where to append the row")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--copied", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker is not None:
         worker(a.store, a.work, a.worker, a.world, a.steps, int(a.limit_gib * 2**30), a.copied)
-    else:
-        print(json.dumps(measure(a.store, a.limit_gib, a.world, a.steps), indent=1))
+        return
+    environment = describe()
+    a.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=a.work) as work:
+        store = write_large_store(Path(work) / "store", a.events, a.users, a.items)
+        found = measure(store, a.limit_gib, a.world, a.steps)
+    sizes = {name: getattr(a, name) for name in ("events", "users", "items")}
+    row = {"measurement": "larger_than_memory", **sizes, **found, "environment": environment}
+    out = a.json or RESULTS / f"larger_than_memory_{datetime.date.today():%Y%m%d}.jsonl"
+    with out.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row, indent=1))
+
+
+def write_large_store(folder: Path, events: int, users: int, items: int) -> Path:
+    """A prepared log: users of like activity, popularity that falls as 1 / rank."""
+    rng = np.random.default_rng(1)
+
+    def chunks() -> Iterator[Chunk]:
+        for first in range(0, users, CHUNK_USERS):
+            count = min(CHUNK_USERS, users - first)
+            offsets = np.concatenate([[0], np.cumsum(rng.integers(2 * mean // 3, 4 * mean // 3 + 1, count))])
+            size = int(offsets[-1])
+            item = np.minimum(np.exp(rng.random(size, np.float32) * np.log(items)), items - 1).astype(np.int64)
+            time = 1_600_000_000 + np.cumsum(rng.integers(0, 60, size))
+            yield Chunk(pa.array(np.arange(first, first + count)), offsets, {"item_id": item, "timestamp": time})
+
+    mean = events // users
+    ids = pa.array(np.arange(items))
+    table = pa.table({"item_id": ids, "title": ids.cast(pa.string())})
+    return write_store(folder, chunks(), table, {"source": "generated"})
 
 
 def measure(store: Path, limit_gib: float, world: int, steps: int) -> dict[str, Any]:
@@ -101,7 +142,8 @@ def run(
     """What each rank says at its end, with ``status``, ``error`` and the most memory it was seen with; and seconds."""
     work.mkdir()
     words = ["--world", str(world), "--steps", str(steps), "--limit-gib", str(limit_gib), "--work", str(work)]
-    command = [sys.executable, "-m", "benchmarks.data.train_limited", str(store), *words, *["--copied"] * copied]
+    command = [sys.executable, "-m", "benchmarks.data.larger_than_memory", "--store", str(store), *words]
+    command += ["--copied"] * copied
     begin = time.perf_counter()
     errors = [(work / f"rank-{rank}.err").open("w+") for rank in range(world)]
     ranks = [
@@ -133,7 +175,9 @@ def run(
 def worker(store: Path, work: Path, rank: int, world: int, steps: int, limit: int, copied: bool) -> None:
     """One rank."""
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    begin = time.perf_counter()
     log = read_store(store)
+    opened = time.perf_counter() - begin
     if copied:
         log = dataclasses.replace(log, columns={name: np.array(values) for name, values in log.columns.items()})
     raw = {**CONFIG, "train": {**CONFIG["train"], "max_steps": steps}}
@@ -150,6 +194,7 @@ def worker(store: Path, work: Path, rank: int, world: int, steps: int, limit: in
     lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     told = {
+        "read_seconds": round(opened, 2),
         "seconds_a_step": round(result.seconds / steps, 4),
         "losses": hashlib.sha256(repr(losses).encode()).hexdigest()[:12],
         "first_loss": losses[0],
