@@ -21,6 +21,7 @@ from gr import flops
 from gr.config import runtime
 from gr.errors import UserError
 from gr.kernels.hstu_attention import Mask, RelativeBias, choose_backend, hstu_attention, visible_pairs
+from gr.modules.stack import run_layers
 
 NORM_EPS = 1e-6
 
@@ -62,6 +63,7 @@ class HSTUConfig:
         contextual_mask: Contextual tokens see each other and all history. The reference's shipped production
             model leaves this off, so there they are ordinary causal tokens.
         backend: Of the attention operator.
+        activation_checkpointing: Layers run again in the backward pass instead of keeping what they computed.
         deterministic: The same bits in every run; on a GPU only the triton backend does, and slower.
     """
 
@@ -95,6 +97,7 @@ class HSTUConfig:
     contextual_mask: bool | None = None
 
     backend: str = runtime("auto")
+    activation_checkpointing: bool = runtime(False)
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -367,9 +370,8 @@ class HSTU(nn.Module):
             UserError: A time bias without times, or sequences longer than ``max_tokens``.
         """
         shared = self._shared(batch, x.shape[0])
-        for layer in self.layers:
-            x = layer(x, batch, *shared)
-        return x
+        again = self.config.activation_checkpointing
+        return run_layers(self.layers, x, batch, *shared, activation_checkpointing=again)
 
     def last(self, x: Tensor, batch: Any) -> Tensor:
         """``(B, D)``, :meth:`forward` at the last token of each row; no row may be empty.

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gr import flops
+from gr.config import runtime
 from gr.errors import UserError
 from gr.kernels.hstu_attention import Mask, visible_pairs
+from gr.modules.stack import run_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class TransformerConfig:
             ``x + f(norm(x))`` with affine norms.
         final_norm: A last LayerNorm over the output.
         norm_eps: Of every LayerNorm.
+        activation_checkpointing: Layers run again in the backward pass instead of keeping what they computed.
     """
 
     kind: str = "transformer"
@@ -45,6 +48,7 @@ class TransformerConfig:
     block: Literal["sasrec", "pre_norm"] = "sasrec"
     final_norm: bool = False
     norm_eps: float = 1e-8
+    activation_checkpointing: bool = runtime(False)
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads"):
@@ -222,10 +226,8 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.final_norm else nn.Identity()
 
     def forward(self, x: Tensor, batch: Any) -> Tensor:
-        padding = _padding(batch, x.shape[0])
-        for layer in self.layers:
-            x = layer(x, padding)
-        return self.norm(x)
+        padding, again = _padding(batch, x.shape[0]), self.config.activation_checkpointing
+        return self.norm(run_layers(self.layers, x, padding, activation_checkpointing=again))
 
     def last(self, x: Tensor, batch: Any) -> Tensor:
         """``(B, D)``, :meth:`forward` at the last token of each row but for rounding; no row may be empty."""
