@@ -56,6 +56,11 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
     else:
         best = [min(row["loss"] for row in fitted if row["budget"] == budget) for budget in budgets]
         line = fit_law(np.array([budgets]), np.array(best))
+    lengths = {row["max_events"] for row in fitted if row.get("max_events")}
+    if len(lengths) > 1:
+        notes.append(f"runs read {len(lengths)} lengths of history, which L(N, D) leaves out; --term length fits them")
+    if len({row["train_users"] for row in fitted if row.get("train_users")}) > 1:
+        notes.append("runs repeat different amounts of data, which L(N, D) leaves out; --term repeats fits them")
     found = parabolas(fitted)
     notes += [f"budget {row['budget']:g} has no parabola: {row['why']}" for row in found if row["why"]]
     residuals = np.log(loss) - np.log(surface(*axes))

@@ -8,7 +8,7 @@ from typing import Any
 
 from gr.errors import UserError
 from gr.scaling.fit import OBJECTIVE
-from gr.scaling.frontier import compare
+from gr.scaling.frontier import compare, unreached
 from gr.scaling.law import MOST, REFINED
 from gr.scaling.plots import Figure, between, figures, write_figures
 from gr.scaling.store import write_text
@@ -48,7 +48,7 @@ def write_report(table: Path, folder: Path, samples: int = 200) -> list[Path]:
         What was written.
     """
     fits = read_fits(table, samples)
-    sections = [_held_out(fits), _laws(fits), *([_multipliers(fits)] if len(fits) > 1 else [])]
+    sections = [_held_out(fits), _laws(fits), *_terms(fits), *([_multipliers(fits)] if len(fits) > 1 else [])]
     for name, one in fits.items():
         sections.append(Section(f"Figures of {name}" if name else "Figures", figures=figures(name, one)))
     sections += [_steps(fits), _checklist(fits), _excluded(fits)]
@@ -124,6 +124,22 @@ def _laws(fits: Fits) -> Section:
     return section
 
 
+def _terms(fits: Fits) -> list[Section]:
+    head = ["model", "term", "parameter", "95 % interval", "E", "alpha", "beta", "objective", "without it"]
+    about = "gamma: L(N, D) + G x^-gamma, x the mean attended history or the parameters of the tables; "
+    section = Section("Further terms", [about + "R: D replaced by what repeated tokens are worth."], head)
+    for variant, (_, fitted) in fits.items():
+        for term in fitted.get("terms", {}).values():
+            law, name = term["law"], "gamma" if term["worth"] is None else "R"
+            value = law["exponents"][2] if term["worth"] is None else term["worth"]
+            bounds = term["intervals"] and term["intervals"][name]
+            section.rows.append([_name(variant), term["term"], f"{name} {value:.4g}", _range(bounds, 3),
+                                 *(f"{x:.4f}" for x in (law["floor"], *law["exponents"][:2])),
+                                 f"{law['objective']:.3g}", f"{term['plain']:.3g}"])  # fmt: skip
+            section.lines += [f"{_name(variant)}, {term['term']}: {note}." for note in term["notes"]]
+    return [section] if section.rows else []
+
+
 def _multipliers(fits: Fits) -> Section:
     section = Section("Compute for the same loss", head=["model", "loss", "times the compute", "95 % interval"])
     first, *others = fits
@@ -133,8 +149,13 @@ def _multipliers(fits: Fits) -> Section:
         except UserError as error:
             section.lines.append(f"{first} and {other}: {error}.")
             continue
-        section.rows += [[f"{other} against {first}", f"{row['loss']:.4f}", f"{row['multiplier']:.3g}",
-                          _range(row["interval"], 2)] for row in rows]  # fmt: skip
+        for row in rows:
+            wide = row["interval"] and (_range(row["interval"], 2) if row["interval"][1] is not None else
+                                        f"from {row['interval'][0]:.2f}")  # fmt: skip
+            section.rows.append([f"{other} against {first}", f"{row['loss']:.4f}", f"{row['multiplier']:.3g}",
+                                 wide or "-"])  # fmt: skip
+            if said := unreached(row, first, other):
+                section.lines.append(f"Loss {row['loss']:.4f}: {said}.")
     if not section.rows:
         section.head = []
     else:

@@ -26,7 +26,7 @@ from gr.config import config_hash
 from gr.data.batch import JaggedBatch
 from gr.distributed.dense import wrap
 from gr.distributed.process import ProcessContext, broadcast_object, main_only_errors, sum_integers
-from gr.errors import Diverged, UserError
+from gr.errors import Diverged, OutOfMemory, UserError
 from gr.kernels.native import has_bf16_units
 from gr.training.checkpoint import find_checkpoint, load_torch
 from gr.training.config import TrainConfig
@@ -332,7 +332,7 @@ class Trainer:
                 tables=tables,
             )
         except torch.OutOfMemoryError:
-            raise UserError(
+            raise OutOfMemory(
                 f"out of device memory at step {state.step + 1}; lower batching.batch_size "
                 "or batching.tokens_per_batch, and raise accumulate to learn from as many sequences a step"
             ) from None
