@@ -75,17 +75,22 @@ def script(job: Job, config: str, overrides: Sequence[str], python: str = "") ->
     return requeued(options, before, f"srun --kill-on-bad-exit=0 bash -c {task}")
 
 
-def check_options(time: str, more: Sequence[str]) -> None:
+def check_options(time: str, more: Sequence[str], prefix: str = "--") -> None:
     """Refuses what sbatch would not understand.
+
+    Args:
+        time: Limit.
+        more: Options.
+        prefix: Of the names under which the user gave them.
 
     Raises:
         UserError: As said.
     """
     if time and not _TIME.fullmatch(time):
-        raise UserError(f"--time {time}: must be minutes, H:MM:SS or D-HH:MM:SS")
+        raise UserError(f"{prefix}time {time}: must be minutes, H:MM:SS or D-HH:MM:SS")
     for option in more:
         if not _NAMES.fullmatch(option):
-            raise UserError(f"--sbatch {option}: must be an option of sbatch without its dashes, as in partition=gpu")
+            raise UserError(f"{prefix}sbatch {option}: must be an option of sbatch without dashes, as in partition=gpu")
 
 
 def requeued(options: Sequence[str], before: Sequence[str], command: str) -> str:

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 
 def _study(args: argparse.Namespace, overrides: list[str]) -> int:
     from gr.scaling.design import load_study
-    from gr.scaling.store import mean_rate, run_dir
+    from gr.scaling.store import mean_rate, run_dir, spent_flops
     from gr.scaling.table import collect
 
     study, path = load_study(args.study, overrides)
@@ -90,6 +90,9 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> int:
             print(f"left out: {out.variant} {out.cell.title} seed {out.seed}: {out.reason}")
         print(f"{len(plan.specs)} runs, {sum(spec.cost for spec in plan.specs):.3g} model FLOPs; rate at first: "
               f"{assumed_rate(study)[1]}")  # fmt: skip
+        if study.limits.total_flops is not None:
+            print(f"{spent_flops(study.folder):.3g} model FLOPs are spent; limits.total_flops is "
+                  f"{study.limits.total_flops:g}")  # fmt: skip
     return 0
 
 

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from gr.errors import UserError
 from gr.launch.ray import connect
 from gr.scaling.design import Resources
 from gr.scaling.executors import SAVING, STATES, THREADS, worker
@@ -24,6 +25,9 @@ class Ray:
     Args:
         slots: How many at a time.
         resources: ``threads``, ``gpus``, ``address``, ``retries``.
+
+    Raises:
+        UserError: Nobody at the address, or it has less than one run asks for.
     """
 
     farewell = SAVING
@@ -33,6 +37,7 @@ class Ray:
         connect(resources.address, max(os.cpu_count() or 1, threads * slots))
         import ray
 
+        check_size({"CPU": threads, "GPU": resources.gpus}, ray.cluster_resources())
         self._ray, self.slots = ray, slots
         self._env = {THREADS: str(threads)}
         self._task = ray.remote(num_cpus=threads, num_gpus=resources.gpus, max_retries=resources.retries)(_work)
@@ -63,6 +68,20 @@ class Ray:
             self._ray.cancel(reference)
         self._ray.wait(list(self._running), num_returns=len(self._running), timeout=GRACE_S)
         self._ray.shutdown()
+
+
+def check_size(asked: dict[str, float], has: dict[str, float]) -> None:
+    """Ray would wait for ever for what it does not have.
+
+    Raises:
+        UserError: As said.
+    """
+    for what, each in asked.items():
+        if each > has.get(what, 0.0):
+            raise UserError(
+                f"a run asks for {each:g} {what} and all of this Ray has {has.get(what, 0.0):g}; lower "
+                f"resources.{'threads' if what == 'CPU' else 'gpus'}"
+            )
 
 
 def _work(argv: list[str], folder: str, env: dict[str, str], log: str) -> int:

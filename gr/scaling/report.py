@@ -185,6 +185,12 @@ def _largest(rows: list[dict[str, Any]], name: str) -> str:
         return "not in the table"
 
 
+def _noise(variant: str, noise: dict[str, Any]) -> str:
+    if noise["seed"] is None:
+        return f"{_name(variant)} unknown, no cell has two seeds"
+    return f"{_name(variant)} {100 * noise['seed']:.2f} % of a loss ({noise['seed_freedom']} degrees of freedom)"
+
+
 def _checklist(fits: Fits) -> Section:
     """The questions of (Mis)Fitting (Li et al. 2025, arXiv 2502.18969), as far as a table can answer them."""
     rows = [row for mine, _ in fits.values() for row in mine]
@@ -194,19 +200,27 @@ def _checklist(fits: Fits) -> Section:
     held = ", ".join(sorted({f"{row['budget']:.2e}" for one in fitted for row in one["held_out"]})) or "nothing"
     answers = {
         "What is N": "the column n_encoder: what the encoder's products multiply with, neither tables nor biases",
-        "What is D": "the column tokens: tokens read in training, repeats counted",
+        "What is D": "the column tokens: tokens read in training, repeats counted; an interaction is one, under "
+        "the layout interleaved two",
         "What is C": "the column model_flops: three times the forward products of the real lengths, scores included; "
         "6 N D is not assumed",
         "Which checkpoints": "the last of each finished schedule; no point lies inside a schedule",
         "Budgets fitted": budgets,
         "Held out": held,
-        "Runs": f"{len(rows)}, recipe {_seen(rows, 'recipe')}",
+        "Runs": f"{len(rows)} finished, {sum(len(one['excluded']) for one in fitted)} left out; recipe "
+        f"{_seen(rows, 'recipe')}",
+        "Code": f"commit {_seen(rows, 'code')}",
+        "Length of histories": f"at most {_seen(rows, 'max_events')} events",
         "Tuning at each size": "the recipe's formulas; how they came about stands in gr/scaling/recipe.py",
         "Seeds": _seen(rows, "seed"),
         "Data": f"log {_seen(rows, 'data_hash')}; at most {_largest(rows, 'epochs')} passes",
-        "Judged": f"evaluation {_seen(rows, 'eval_hash')}, the same targets for every run",
+        "Judged": f"evaluation {_seen(rows, 'eval_hash')}, the same targets for every run, ranked among all items",
+        "Noise of a seed": ", ".join(_noise(name, one["noise"]) for name, (_, one) in fits.items()),
         "Objective": OBJECTIVE,
         "Starts": f"4500 on a grid, the best {REFINED} refined; exponents from 0 to {MOST:g}, E below the least loss",
+        "Converged": ", ".join(
+            f"{_name(name)} {'yes' if one['surface']['converged'] else 'no'}" for name, (_, one) in fits.items()
+        ),
         "Optimiser": "scipy.optimize.least_squares, trust region reflective, analytic Jacobian",
         "Weights": "none",
         "Uncertainty": f"bootstrap by run and by seed, {', '.join(map(str, sorted(samples)))} samples; the interval "

@@ -24,7 +24,7 @@ def script(folder: Path, resources: Resources) -> str:
     Raises:
         UserError: A time or an option that cannot be.
     """
-    check_options(resources.time, resources.sbatch)
+    check_options(resources.time, resources.sbatch, "resources.")
     threads = resources.threads or 1
     options = [f"job-name=gr-{folder.name}", "nodes=1", "ntasks=1", f"cpus-per-task={threads}", "requeue"]
     options += ["open-mode=append", f"signal=B:USR1@{resources.warn_s}", f"output={folder / 'log.txt'}"]

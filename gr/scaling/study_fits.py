@@ -33,8 +33,8 @@ def fit_table(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Runs of one model, and their fit as ``gr-scaling fit`` writes it."""
     rows, excluded = read_runs(table, variant)
-    found = fit_runs(rows, samples)
-    found["terms"] = {term: fit_term(rows, term, samples) for term in terms}
+    further = {term: fit_term(rows, term, samples) for term in terms}
+    found = fit_runs(rows, samples) | {"terms": further}
     return rows, {"table": table_hash(table), "variant": variant, "excluded": excluded, **found}
 
 
@@ -54,5 +54,5 @@ def read_fits(table: Path, samples: int) -> dict[str, tuple[list[dict[str, Any]]
         else:
             found[variant or ""] = fit_table(table, variant, samples)
         for row in found[variant or ""][0]:
-            row |= {name: timings.get(row["run_id"], {}).get(name) for name in ("train_seconds", "mfu")}
+            row |= {name: timings.get(row["run_id"], {}).get(name) for name in ("train_seconds", "mfu", "code")}
     return found

@@ -16,6 +16,7 @@ from gr.scaling.design import Resources, load_study
 from gr.scaling.driver import run_plan
 from gr.scaling.executors import Local
 from gr.scaling.plan import make_plan
+from gr.scaling.ray_executor import check_size
 from gr.scaling.slurm_executor import Slurm, script
 from gr.scaling.store import driving, run_dir
 from gr.training import trainer
@@ -38,6 +39,7 @@ def results(folder) -> dict:
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/result.json"))}
 
 
+@pytest.mark.timeout(900)
 def test_ray_gives_the_same_table(swept, tmp_path) -> None:
     ray = pytest.importorskip("ray")
     args = study_args(swept[0], tmp_path, *TWO, "--executor", "ray", "--max_parallel", "2")
@@ -47,6 +49,12 @@ def test_ray_gives_the_same_table(swept, tmp_path) -> None:
         ray.shutdown()
     assert main(["collect", *args]) == 0
     assert (tmp_path / "tiny/runs.csv").read_bytes() == (swept[1] / "runs.csv").read_bytes()
+
+
+def test_more_than_all_of_ray_has_is_refused() -> None:
+    check_size({"CPU": 2, "GPU": 0.0}, {"CPU": 2.0})
+    with pytest.raises(UserError, match="a run asks for 1 GPU and all of this Ray has 0; lower resources.gpus"):
+        check_size({"CPU": 2, "GPU": 1.0}, {"CPU": 2.0})
 
 
 SBATCH = """#!/bin/bash
@@ -91,7 +99,7 @@ def test_a_slurm_script_asks_for_what_the_study_says_and_refuses_what_slurm_does
     for line in ("cpus-per-task=3", "gpus-per-node=1", "time=4:00:00", "signal=B:USR1@60", "partition=gpu", "requeue"):
         assert f"#SBATCH --{line}\n" in text
     assert "OMP_NUM_THREADS=3\n" in text and f"gr.scaling.worker {tmp_path}/abc &\n" in text
-    with pytest.raises(UserError, match="--time soon: must be minutes"):
+    with pytest.raises(UserError, match="resources.time soon: must be minutes"):
         script(tmp_path, Resources(time="soon"))
 
 

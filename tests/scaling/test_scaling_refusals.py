@@ -13,7 +13,9 @@ import pytest
 from gr.errors import run_cli
 from gr.scaling import law as laws
 from gr.scaling.cli import main
+from gr.scaling.fit import fit_runs
 from gr.scaling.frontier import Price, multiplier, unreached
+from gr.scaling.law import law_of
 from test_scaling_fit import TRUE, surface, table, write
 
 SIZES = np.geomspace(1e5, 1e12, 200)
@@ -75,6 +77,20 @@ def test_a_table_without_a_finished_run_is_refused_and_names_how_many(status, tm
     rows = [{**row, "status": status} for row in table(surface(3, 4))]
     assert run_cli(main, ["fit", write(tmp_path / "runs.csv", rows)]) == 2
     assert "0 finished runs to fit" in capsys.readouterr().err
+
+
+def test_a_grid_has_a_line_of_its_envelope_and_says_once_that_it_has_no_parabolas() -> None:
+    rows = []
+    for d in np.geomspace(1e8, 1e10, 5):
+        for n in np.geomspace(1e6, 1e8, 4):
+            row = {"run_id": f"{n:g}-{d:g}", "n_encoder": n, "tokens": d, "budget": 6 * n * d, "model_flops": 6 * n * d}
+            rows.append(row | {"loss": float(TRUE(n, d * (1 + 1e-3 * n / 1e8))), "holdout": False})
+    fitted = fit_runs(rows, samples=0)
+    assert sum("parabola" in note for note in fitted["notes"]) == 1
+    on = [row for row in rows if row["run_id"] in fitted["envelope"]]
+    assert 4 <= len(on) < len(rows)
+    said = law_of(fitted["line"])(np.array([row["budget"] for row in on]))
+    assert np.abs(said / [row["loss"] for row in on] - 1).max() < 0.02
 
 
 def test_excluded_runs_are_printed_with_their_reason(tmp_path, capsys) -> None:

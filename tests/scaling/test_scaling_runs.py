@@ -100,6 +100,7 @@ def driver_and_workers_killed(args: list[str], folder: Path) -> None:
         os.kill(json.loads(beat.read_text())["pid"], signal.SIGKILL)
 
 
+@pytest.mark.timeout(900)  # it starts five processes, which take long where others compute
 def test_a_killed_sweep_goes_on_to_the_same_table_and_ends_in_a_config_that_trains(planned, tmp_path, capsys) -> None:
     file = Path(planned[0].cache).parent / "tiny.yaml"
     whole = study_args(file, tmp_path / "whole", holdout="[4e8]")
