@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "run":
             study.add_argument("--only", metavar="RUN_ID", action="append", help="a run of the plan; may be repeated")
             study.add_argument("--dry-run", action="store_true", help="prints what would be started; writes nothing")
-    selftest = commands.add_parser("selftest", help="plans, runs, fits and predicts a tiny study; a minute")
+    selftest = commands.add_parser("selftest", help="plans, runs, fits and predicts a tiny study; under a minute")
     selftest.add_argument("--out", metavar="FOLDER", help="keeps its files there")
     fit_cli.add_commands(commands)
     return parse

@@ -1,4 +1,4 @@
-"""``gr-scaling selftest``: the whole way on a tiny study, and a law that is known. A good minute of one idle core."""
+"""``gr-scaling selftest``: the whole way on a tiny study, and a law that is known. Forty seconds of one core."""
 
 from __future__ import annotations
 
