@@ -22,6 +22,10 @@ class Diverged(UserError):
     """Training met a loss or a gradient that is not finite."""
 
 
+class OutOfMemory(UserError):
+    """A step did not fit into the device's memory."""
+
+
 class PeerLost(RuntimeError):
     """Another process of this run no longer answers. Nobody's mistake: a launcher starts all of them again."""
 

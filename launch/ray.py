@@ -103,6 +103,29 @@ def make_job(argv: Sequence[str], config: Any, *, workers: int, cpus: float, max
     )  # fmt: skip
 
 
+def connect(address: str, cpus: int) -> None:
+    """Joins a cluster, or starts a Ray of our own on this machine.
+
+    Args:
+        address: ``HOST:PORT``; empty: our own.
+        cpus: Cores that our own believes to have.
+
+    Raises:
+        UserError: Nobody at ``address``.
+    """
+    if address:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if not host or not port.isdigit():
+            raise UserError(f"--address {address!r}: must be HOST:PORT of a running Ray, for instance node0:6379")
+        check_reachable(host, int(port), _REACH_S)
+    for name, value in {**_ALWAYS, **({} if address else _ALONE)}.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    mine = {} if address else dict(num_cpus=cpus, include_dashboard=False, object_store_memory=2**28)
+    ray.init(address=address or "local", log_to_driver=True, **mine)
+
+
 def execute(job: Job) -> int:
     """Runs the job to its end and returns what the training command returned on rank 0.
 
@@ -111,19 +134,11 @@ def execute(job: Job) -> int:
     Raises:
         UserError: The cluster cannot be reached or is too small.
     """
-    if job.address:
-        host, _, port = job.address.removeprefix("ray://").rpartition(":")
-        if not host or not port.isdigit():
-            raise UserError(f"--address {job.address!r}: must be HOST:PORT of a running Ray, for instance node0:6379")
-        check_reachable(host, int(port), _REACH_S)
-    for name, value in {**_ALWAYS, **({} if job.address else _ALONE)}.items():
-        os.environ.setdefault(name, value)
+    connect(job.address, job.local_cpus())
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    mine = {} if job.address else dict(num_cpus=job.local_cpus(), include_dashboard=False, object_store_memory=2**28)
-    ray.init(address=job.address or "local", log_to_driver=True, **mine)
     notes = f"{job.name}-{os.getpid()}-{int(time.time())}"
     try:
         _check_size(job, ray.cluster_resources())

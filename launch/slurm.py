@@ -54,13 +54,9 @@ def script(job: Job, config: str, overrides: Sequence[str], python: str = "") ->
     """
     check_counts(job.nproc, job.max_restarts)
     Nodes(str(job.nodes), 0, "any:1").check()
-    if job.time and not _TIME.fullmatch(job.time):
-        raise UserError(f"--time {job.time}: must be minutes, H:MM:SS or D-HH:MM:SS")
     if job.warn_s < 1:
         raise UserError(f"--warn {job.warn_s}: must be at least 1 second")
-    for option in job.more:
-        if not _NAMES.fullmatch(option):
-            raise UserError(f"--sbatch {option}: must be an option of sbatch without its dashes, as in partition=gpu")
+    check_options(job.time, job.more)
     options = [f"job-name={job.name}", f"nodes={job.nodes}", "ntasks-per-node=1", "requeue", "open-mode=append"]
     options += [f"signal=B:USR1@{job.warn_s}", "output=%x-%j.out"]
     options += [f"time={job.time}"] if job.time else []
@@ -72,13 +68,45 @@ def script(job: Job, config: str, overrides: Sequence[str], python: str = "") ->
     # A single machine meets by itself; several meet on the first, at a port that other jobs do not have.
     meet = "" if job.nodes == 1 else ' --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --rdzv "$meet"'
     task = shlex.quote(f"exec {shlex.join(launch)}{meet} {words}")
+    before = [
+        'first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+        'export meet="$first:$((20000 + SLURM_JOB_ID % 10000))"',
+    ]
+    return requeued(options, before, f"srun --kill-on-bad-exit=0 bash -c {task}")
+
+
+def check_options(time: str, more: Sequence[str], prefix: str = "--") -> None:
+    """Refuses what sbatch would not understand.
+
+    Args:
+        time: Limit.
+        more: Options.
+        prefix: Of the names under which the user gave them.
+
+    Raises:
+        UserError: As said.
+    """
+    if time and not _TIME.fullmatch(time):
+        raise UserError(f"{prefix}time {time}: must be minutes, H:MM:SS or D-HH:MM:SS")
+    for option in more:
+        if not _NAMES.fullmatch(option):
+            raise UserError(f"{prefix}sbatch {option}: must be an option of sbatch without dashes, as in partition=gpu")
+
+
+def requeued(options: Sequence[str], before: Sequence[str], command: str) -> str:
+    """A batch script whose command is told of the limit, and which goes back into the queue if that ends with STOPPED.
+
+    Args:
+        options: Of sbatch, without the dashes.
+        before: Lines ahead of the command.
+        command: Runs in the background, so that the shell hears signals.
+    """
     return "\n".join(
         [
             "#!/bin/bash",
             *(f"#SBATCH --{option}" for option in options),
-            'first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
-            'export meet="$first:$((20000 + SLURM_JOB_ID % 10000))"',
-            f"srun --kill-on-bad-exit=0 bash -c {task} &",
+            *before,
+            f"{command} &",
             "child=$!",
             "# The first signal only: a second one would end the launchers instead of asking again.",
             "trap 'trap \"\" USR1 TERM; kill -USR1 $child' USR1 TERM",

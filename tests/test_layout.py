@@ -46,7 +46,7 @@ HOMES = {
     "torchrec": ("gr.distributed.*",),
     "fbgemm_gpu": ("gr.distributed.*",),
     "deepspeed": ("gr.distributed.*", "gr.launch.*"),
-    "ray": ("gr.launch.*",),
+    "ray": ("gr.launch.*", "gr.scaling.ray_executor"),
     "triton": ("gr.kernels.*.triton_*",),
 }
 LINES, LINES_TRITON = 600, 900

@@ -15,7 +15,7 @@ the past by then).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,27 @@ def make_split(config: Any, store: EventStore) -> Split:
             f"split {config.kind} leaves no user with 2 training events in {_name(store)}, so nothing to learn from"
         )
     return split
+
+
+def thin(split: Split, users: int) -> Split:
+    """The split with an even sample of its training users; nothing of the others is fitted, held-out events stay.
+
+    Args:
+        split: As made.
+        users: How many train; 0: all.
+
+    Raises:
+        UserError: There are not so many.
+    """
+    if users == 0:
+        return split
+    able = np.flatnonzero(split.train_stop >= 2)
+    if users > able.size:
+        raise UserError(f"train_users is {users}; {able.size} users have 2 training events, so take at most as many")
+    kept = able[np.linspace(0, able.size - 1, users).round().astype(np.int64)]
+    stop = np.zeros_like(split.train_stop)
+    stop[kept] = split.train_stop[kept]
+    return replace(split, train_stop=stop)
 
 
 def user_blocks(store: EventStore, at_least: int = 0) -> Iterator[tuple[int, int]]:

@@ -14,9 +14,10 @@ LEVEL = (2.5, 97.5)
 
 def cells(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
     """Runs that differ in the seed alone."""
-    groups: dict[tuple[float, float], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault((row["budget"], row["n_encoder"]), []).append(i)
+        cell = (row["budget"], row["n_encoder"], row.get("max_events"), row.get("train_users"))
+        groups.setdefault(cell, []).append(i)
     return list(groups.values())
 
 

@@ -1,51 +1,17 @@
-"""What a study is: its variants, the cells of its design, its limits. Read from YAML; needs no torch."""
+"""What a study is: its variants, its design, its limits. Read from YAML; needs no torch."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from gr import config as configs
-from gr.config import runtime
+from gr.config import OneOf, runtime
 from gr.errors import UserError
+from gr.scaling.cells import DESIGNS, Cell
 
 INSTALLED = Path(__file__).resolve().parent.parent / "configs"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One point of a design, before it is a run.
-
-    Attributes:
-        scale: The dial of the recipe.
-        budget: Model FLOPs to spend.
-    """
-
-    scale: float
-    budget: float
-
-
-def _positive(name: str, values: tuple[float, ...]) -> None:
-    if not values or len(set(values)) < len(values) or min(values) <= 0:
-        raise UserError(f"{name} is {list(values)}; it must be different numbers above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Design:
-    """Every budget at every scale: steps follow from the budget."""
-
-    budgets: tuple[float, ...]
-    scales: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        _positive("design.budgets", self.budgets)
-        _positive("design.scales", self.scales)
-
-    def cells(self) -> list[Cell]:
-        """In the order of the file."""
-        return [Cell(scale=s, budget=c) for c, s in itertools.product(self.budgets, self.scales)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +53,66 @@ class Limits:
         min_steps: Shorter runs are mostly warm-up.
         max_epochs: Longer runs repeat their data more often.
         flop_tolerance: How far a run may be from its budget, relative.
+        total_flops: No run is begun that would have the study spend more model FLOPs than these, its earlier runs
+            counted; ``None``: no limit.
     """
 
     min_steps: int = 100
     max_epochs: float = 8.0
     flop_tolerance: float = 0.01
+    total_flops: float | None = runtime(None)
+
+    def __post_init__(self) -> None:
+        if self.total_flops is not None and self.total_flops <= 0:
+            raise UserError(f"limits.total_flops is {self.total_flops:g}; it must be above 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a run is given, and what a cluster must be told.
+
+    Attributes:
+        threads: Threads and cores of a run; ``None``: under ``local`` the machine's shared among ``max_parallel``,
+            else 1. Losses of other numbers of threads may differ in their last digits.
+        gpus: GPUs of a run under ``ray`` (which takes shares) and ``slurm``.
+        address: ``HOST:PORT`` of a running Ray; empty: one of our own on this machine.
+        retries: Under ``ray``, how often a run is begun again whose machine was lost.
+        time: Limit of a Slurm job, for instance 4:00:00; it saves ahead of it and goes back into the queue.
+        warn_s: Seconds before that limit at which a run saves.
+        sbatch: Further options of sbatch, without the dashes, for instance ``partition=gpu``.
+    """
+
+    threads: int | None = None
+    gpus: float = 0.0
+    address: str = ""
+    retries: int = 3
+    time: str = ""
+    warn_s: int = 180
+    sbatch: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.threads is not None and self.threads < 1) or self.gpus < 0 or self.retries < 0 or self.warn_s < 1:
+            raise UserError(
+                f"threads is {self.threads}, gpus {self.gpus:g}, retries {self.retries}, warn_s {self.warn_s}; need "
+                "threads and warn_s of at least 1, gpus and retries of at least 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holdout:
-    """Runs of these budgets are predicted, never fitted."""
+    """Runs of these are predicted, never fitted.
+
+    Attributes:
+        budgets: Of the design's.
+        tokens: Of a grid's.
+    """
 
     budgets: tuple[float, ...] = ()
+    tokens: tuple[float, ...] = ()
+
+    def holds(self, cell: Cell) -> bool:
+        """Whether a cell is one of them."""
+        return cell.budget in self.budgets or cell.tokens in self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +144,10 @@ class Study:
         limits: What is left out.
         holdout: What is predicted only.
         judging: How runs are judged.
-        executor: ``inline``: in the driver's process, one after the other; ``local``: a process a run.
-        max_parallel: Processes at a time.
+        executor: ``inline``: in the driver's process, one after the other; ``local``: a process a run; ``ray``: a task
+            a run; ``slurm``: a job a run; ``print``: prints a command a run and runs nothing.
+        resources: What a run is given.
+        max_parallel: Runs at a time.
         flops_per_s: Model FLOP/s of a device, for prices before anything was measured; ``None``: unknown.
         out: Folder of studies.
         cache: Folder of prepared data.
@@ -140,12 +156,13 @@ class Study:
 
     name: str
     variants: dict[str, Variant]
-    design: Design
+    design: Annotated[Any, OneOf(DESIGNS, default="isoflop")]
     seeds: Seeds = field(default_factory=Seeds)
     limits: Limits = field(default_factory=Limits)
     holdout: Holdout = field(default_factory=Holdout)
     judging: Judging = field(default_factory=Judging)
-    executor: Literal["inline", "local"] = runtime("local")
+    executor: Literal["inline", "local", "ray", "slurm", "print"] = runtime("local")
+    resources: Resources = runtime(Resources())
     max_parallel: int = runtime(1)
     flops_per_s: float | None = runtime(None)
     out: str = runtime("runs/scaling")
@@ -158,12 +175,14 @@ class Study:
             raise UserError("variants is empty; a study needs at least one model")
         if self.max_parallel < 1 or (self.flops_per_s is not None and self.flops_per_s <= 0):
             raise UserError("max_parallel must be at least 1, and flops_per_s above 0 or null")
-        budgets = self.design.budgets
-        strange = [c for c in self.holdout.budgets if c not in budgets]
-        if strange:
-            raise UserError(f"holdout.budgets has {strange[0]:g}, which is none of design.budgets; take one of those")
-        if not set(budgets) - set(self.holdout.budgets):
-            raise UserError("holdout.budgets holds every budget of the design; leave some to fit")
+        cells = self.design.cells()
+        for name, axis in (("budgets", "budget"), ("tokens", "tokens")):
+            has = {getattr(cell, axis) for cell in cells}
+            strange = [value for value in getattr(self.holdout, name) if value not in has]
+            if strange:
+                raise UserError(f"holdout.{name} has {strange[0]:g}, which is none of the design's; take one of those")
+        if all(self.holdout.holds(cell) for cell in cells):
+            raise UserError("holdout holds every cell of the design; leave some to fit")
 
     @property
     def folder(self) -> Path:

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from gr.errors import UserError
 from gr.scaling.design import Study
-from gr.scaling.executors import Executor, make_executor
-from gr.scaling.store import RunDir, RunSpec, run_dir
+from gr.scaling.executors import Executor, Inline, Local
+from gr.scaling.store import RunDir, RunSpec, driving, run_dir, spent_flops
 
 FINISHED = ("done", "diverged")
 
@@ -46,18 +47,59 @@ def run_plan(
         specs: The runs.
         executor: ``None``: as the study says.
         say: For a line a run.
+
+    Raises:
+        UserError: What is left would spend more than ``limits.total_flops``; another driver is at this study.
     """
-    executor = make_executor(study) if executor is None else executor
+    _check_total(study, specs)
+    with driving(study.folder):
+        return _run(study, specs, make_executor(study) if executor is None else executor, say)
+
+
+def make_executor(study: Study) -> Executor:
+    """The executor that a study names; ``print`` has none, for it runs nothing."""
+    assert study.executor != "print", "the command prints and ends"
+    if study.executor == "ray":
+        from gr.scaling.ray_executor import Ray
+
+        return Ray(study.max_parallel, study.resources)
+    if study.executor == "slurm":
+        from gr.scaling.slurm_executor import Slurm
+
+        return Slurm(study.max_parallel, study.resources)
+    if study.executor == "inline":
+        return Inline(study.device)
+    return Local(study.max_parallel, study.resources.threads)
+
+
+def unfinished(study: Study, specs: Sequence[RunSpec]) -> list[RunSpec]:
+    """What a driver would do, the dearest first."""
+    return [
+        spec
+        for spec in sorted(specs, key=lambda spec: -spec.cost)
+        if run_dir(study.folder, spec.run_id).state() not in FINISHED
+    ]
+
+
+def _check_total(study: Study, specs: Sequence[RunSpec]) -> None:
+    limit = study.limits.total_flops
+    if limit is None:
+        return
+    spent, left = spent_flops(study.folder), sum(spec.cost for spec in unfinished(study, specs))
+    if spent + left > limit:
+        raise UserError(
+            f"{study.folder} has spent {spent:.3g} model FLOPs and what is left would spend {left:.3g}, more than "
+            f"limits.total_flops {limit:g}; raise it, or plan fewer or smaller runs"
+        )
+
+
+def _run(study: Study, specs: Sequence[RunSpec], executor: Executor, say: Callable[[str], None]) -> Outcome:
     outcome = Outcome()
-    by_folder = {run_dir(study.folder, spec.run_id).path: spec for spec in specs}
-    todo: list[RunSpec] = []
-    for spec in sorted(specs, key=lambda spec: -spec.cost):
-        folder = run_dir(study.folder, spec.run_id)
-        folder.write_spec(spec)
-        if folder.state() in FINISHED:
-            outcome.already += 1
-        else:
-            todo.append(spec)
+    by_folder = {run_dir(study.folder, spec.run_id).path.absolute(): spec for spec in specs}
+    for spec in specs:
+        run_dir(study.folder, spec.run_id).write_spec(spec)
+    todo = unfinished(study, specs)
+    outcome.already = len(specs) - len(todo)
     running: dict[str, RunSpec] = {}
     before = signal.signal(signal.SIGTERM, _raise_stop) if _in_main_thread() else None
     try:
@@ -66,7 +108,7 @@ def run_plan(
             if not (running or _waiting_for_others(study, todo)):
                 break
             for folder, state in executor.ended():
-                spec = by_folder[folder]
+                spec = by_folder[folder.absolute()]
                 del running[spec.run_id]
                 _after(study, spec, state, outcome, say)
     except (_Stop, KeyboardInterrupt):
@@ -75,7 +117,7 @@ def run_plan(
         if before is not None:
             signal.signal(signal.SIGTERM, before)
     if outcome.stopped:
-        say("stopping: runs are saving; the same command goes on")
+        say(executor.farewell)
         executor.stop()
     return outcome
 
@@ -102,7 +144,7 @@ def _fill(study: Study, executor: Executor, todo: list[RunSpec], running: dict[s
             todo.remove(spec)
             running[spec.run_id] = spec
             (folder.path / "error.json").unlink(missing_ok=True)
-            executor.start(folder.path)
+            executor.start(folder.path.absolute())
 
 
 def _after(study: Study, spec: RunSpec, state: str, outcome: Outcome, say: Callable[[str], None]) -> None:
@@ -112,6 +154,9 @@ def _after(study: Study, spec: RunSpec, state: str, outcome: Outcome, say: Calla
         assert result is not None, f"{spec.run_id} ended well without a result"
         outcome.ran[spec.run_id] = result["status"]
         said = result["reason"] or f"loss {result['metrics']['loss']:.4f}  {result['timings']['train_seconds']:.1f} s"
+        fits = folder.batches()
+        if fits is not None:
+            said += f"  (out of memory at first: {fits['accumulate']} parts of {fits['batch_size']} sequences a step)"
         say(f"{result['status']:<9} {spec.run_id}  {spec.title}  {said}")
     elif state == "stopped":
         outcome.stopped = True

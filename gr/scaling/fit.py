@@ -11,7 +11,7 @@ import numpy as np
 from gr.errors import UserError
 from gr.scaling.bootstrap import bootstrap, run_interval, seed_noise, spread
 from gr.scaling.frontier import Price, best_size
-from gr.scaling.isoflop import envelope, optimum_exponents, parabolas
+from gr.scaling.isoflop import FEWEST_SIZES, envelope, optimum_exponents, parabolas
 from gr.scaling.law import MOST, Law, axes_of, conditioning, fit_law, law_of
 from gr.scaling.projection import project_law
 from gr.scaling.quality import fit_quality, foretell
@@ -51,13 +51,21 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
     laws, by_seed = _bootstraps(fitted, budgets, surface, samples, notes)
     front = envelope(fitted)
     line = None
-    if len(budgets) < BUDGETS_FOR_LINE:
-        notes.append(f"no compute line: it needs {BUDGETS_FOR_LINE} fitted budgets, there are {len(budgets)}")
+    best = _best(fitted, budgets, front)
+    if len(best) < BUDGETS_FOR_LINE:
+        notes.append(f"no compute line: it needs {BUDGETS_FOR_LINE} fitted budgets, there are {len(best)}")
     else:
-        best = [min(row["loss"] for row in fitted if row["budget"] == budget) for budget in budgets]
-        line = fit_law(np.array([budgets]), np.array(best))
+        line = fit_law(np.array([list(best)]), np.array(list(best.values())))
+    lengths = {row["max_events"] for row in fitted if row.get("max_events")}
+    if len(lengths) > 1:
+        notes.append(f"runs read {len(lengths)} lengths of history, which L(N, D) leaves out; --term length fits them")
+    if len({row["train_users"] for row in fitted if row.get("train_users")}) > 1:
+        notes.append("runs repeat different amounts of data, which L(N, D) leaves out; --term repeats fits them")
     found = parabolas(fitted)
-    notes += [f"budget {row['budget']:g} has no parabola: {row['why']}" for row in found if row["why"]]
+    if all(row["sizes"] < FEWEST_SIZES for row in found):
+        notes.append(f"no parabolas: no budget has {FEWEST_SIZES} sizes")
+    else:
+        notes += [f"budget {row['budget']:g} has no parabola: {row['why']}" for row in found if row["why"]]
     residuals = np.log(loss) - np.log(surface(*axes))
     steps = _step_ahead(fitted, budgets)
     seed = seed_noise(fitted)
@@ -101,6 +109,16 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
     }
     result["held_out"] = [_held_out(row, result, laws) for row in rows if row["holdout"]]
     return result
+
+
+def _best(
+    fitted: Sequence[dict[str, Any]], budgets: Sequence[float], front: Sequence[dict[str, Any]]
+) -> dict[float, float]:
+    """Budget -> least loss; where no budget has two sizes (a grid), of the runs on the envelope alone."""
+    cells = {(row["budget"], row["n_encoder"]) for row in fitted}
+    if len(cells) == len(budgets):
+        return {row["budget"]: row["loss"] for row in front}
+    return {budget: min(row["loss"] for row in fitted if row["budget"] == budget) for budget in budgets}
 
 
 def _enough(fitted: Sequence[dict[str, Any]]) -> list[float]:

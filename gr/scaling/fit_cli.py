@@ -25,13 +25,17 @@ def add_commands(commands: Any) -> None:
     compare.add_argument("second")
     for command in (fit, predict):
         command.add_argument("--variant", help="which of the table's models")
+    fit.add_argument("--term", action="append", choices=("length", "sparse", "repeats"), default=[],
+                     help="a further term of the law, for a design that varies its axis; may be repeated")  # fmt: skip
     for command in (fit, compare, plot, report):
         command.add_argument("--bootstrap", type=int, default=200, help="samples of a fit made here (200)")
     for command in (plot, report):
         command.add_argument("--out", metavar="FOLDER", help="where to (beside the table)")
+    plot.add_argument("--figure", action="append", metavar="NAME", help="this one only; may be repeated")
     predict.add_argument("--flops", type=float, required=True, help="the budget in model FLOPs")
     predict.add_argument("--study", metavar="STUDY.yaml", help="chooses among what its recipe can make")
     predict.add_argument("--config", metavar="OUT.yaml", help="writes the chosen run for gr-train; with --study")
+    predict.add_argument("--force", action="store_true", help="also from a fit that did not converge")
     predict.add_argument("--save", metavar="OUT.json", help="writes the prediction, to be committed before its run")
 
 
@@ -48,8 +52,12 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     from gr.scaling.plots import draw
     from gr.scaling.report import write_report
 
-    folder = Path(args.out) if args.out else Path(args.runs).parent
-    for path in (draw if args.command == "plot" else write_report)(Path(args.runs), folder, args.bootstrap):
+    table = Path(args.runs)
+    folder = Path(args.out) if args.out else table.parent
+    plot = args.command == "plot"
+    for path in (
+        draw(table, folder, args.bootstrap, args.figure) if plot else write_report(table, folder, args.bootstrap)
+    ):
         print(path)
     return 0
 
@@ -57,16 +65,19 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 def _fit(args: argparse.Namespace) -> int:
     from gr.files import write_json
     from gr.scaling.study_fits import fit_table
+    from gr.scaling.terms import describe_term
 
     table = Path(args.runs)
-    _, found = fit_table(table, args.variant, args.bootstrap)
+    _, found = fit_table(table, args.variant, args.bootstrap, args.term)
     out = fits_path(table, args.variant)
     write_json(out, found)
     for line in describe(found):
         print(line)
     for run_id, why in found["excluded"]:
         print(f"excluded {run_id}: {why}")
-    for note in found["notes"]:
+    for term in found["terms"].values():
+        print(describe_term(term))
+    for note in [*found["notes"], *(note for term in found["terms"].values() for note in term["notes"])]:
         print(f"note: {note}")
     print(out)
     return 0
@@ -126,6 +137,9 @@ def _predict(args: argparse.Namespace, overrides: list[str]) -> int:
 
     table = Path(args.runs)
     fitted = _fresh_fit(table, args.variant)
+    if not fitted["surface"]["converged"] and not args.force:
+        raise UserError(f"the fit of {table} did not converge: these runs do not determine the law, and what it "
+                        "predicts means nothing; add sizes or budgets, or take it as it is with --force")  # fmt: skip
     if args.study is None and (args.config or overrides):
         raise UserError(f"{'--config' if args.config else overrides[0]} needs --study STUDY.yaml")
     if args.flops <= 0:
@@ -160,7 +174,8 @@ def _predict(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _feasible(args: argparse.Namespace, overrides: list[str], fitted: dict[str, Any]) -> list[Any]:
     """Runs of whole scales at the budget."""
-    from gr.scaling.design import Cell, load_study
+    from gr.scaling.cells import Cell
+    from gr.scaling.design import load_study
     from gr.scaling.plan import open_bench, plan_run
 
     study, path = load_study(args.study, overrides)
@@ -168,14 +183,14 @@ def _feasible(args: argparse.Namespace, overrides: list[str], fitted: dict[str, 
     if name not in study.variants:
         raise UserError(f"{args.study} has no variant {name!r}; give the study of the table")
     bench = open_bench(study, path, name)
-    most = int(SCALES_TRIED * max(study.design.scales))
+    most = int(SCALES_TRIED * max(cell.scale for cell in study.design.cells()))
     cells = [Cell(scale=scale, budget=args.flops) for scale in range(1, most + 1)]
     return [plan_run(study, bench, cell, 0, limited=False) for cell in cells]
 
 
 def _compare(args: argparse.Namespace) -> int:
     from gr.files import write_json
-    from gr.scaling.frontier import compare
+    from gr.scaling.frontier import compare, unreached
     from gr.scaling.study_fits import fit_table
 
     table = Path(args.runs)
@@ -183,8 +198,12 @@ def _compare(args: argparse.Namespace) -> int:
     fits = [fit_table(table, name, args.bootstrap)[1] for name in names]
     rows = compare(fits[0], fits[1])
     for row in rows:
+        wide = row["interval"]
+        told = f" [{wide[0]:.4f}, without an upper end]" if wide and wide[1] is None else _range(wide)
         print(f"loss {row['loss']:.4f}: {args.second} needs {row['multiplier']:.3g} times the compute of {args.first}"
-              f"{_range(row['interval'])}")  # fmt: skip
+              f"{told}")  # fmt: skip
+        if said := unreached(row, args.first, args.second):
+            print(f"note: {said}")
     out = table.with_name(f"compare_{args.first}_{args.second}.json")
     write_json(out, {"table": table_hash(table), "first": args.first, "second": args.second, "rows": rows})
     print(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,13 +72,45 @@ def multiplier(
         loss: To be reached.
 
     Returns:
-        ``loss``, ``multiplier`` (infinite where the second's floor lies above the loss), ``interval`` (95 %, ``None``
-        without a bootstrap).
+        ``loss``, ``multiplier`` (infinite where the second's floor lies above the loss), ``interval`` (95 %; its upper
+        end ``None`` where so many resamples of the second never reach the loss that there is none; ``None`` without a
+        bootstrap), ``samples``, ``unreached`` (resamples whose floor lies above the loss, of the first and of the
+        second; those of the first count as 0, those of both tell nothing and are left out of the interval).
     """
     at = compute_for(second[0], second[2], loss, second[3]) / compute_for(first[0], first[2], loss, first[3])
     pairs = list(zip(first[1], second[1], strict=False))
-    every = [compute_for(b, second[2], loss, second[3]) / compute_for(a, first[2], loss, first[3]) for a, b in pairs]
-    return {"loss": loss, "multiplier": at, "interval": spread(every) if every else None}
+    needs = np.array(
+        [(compute_for(a, first[2], loss, first[3]), compute_for(b, second[2], loss, second[3])) for a, b in pairs]
+    ).reshape(-1, 2)
+    never = ~np.isfinite(needs)
+    told = needs[~never.all(axis=1)]
+    return {
+        "loss": loss,
+        "multiplier": at,
+        "interval": _interval(np.sort(told[:, 1] / told[:, 0])),
+        "samples": len(pairs),
+        "unreached": [int(count) for count in never.sum(axis=0)],
+    }
+
+
+def _interval(ratios: np.ndarray) -> list[float | None] | None:
+    """Of sorted ratios, some perhaps infinite: between such there is nothing to interpolate."""
+    if not ratios.size:
+        return None
+    if np.isfinite(ratios[-1]):
+        return [*spread(ratios)]
+    low, high = (ratios[i] for i in (int(0.025 * (ratios.size - 1)), math.ceil(0.975 * (ratios.size - 1))))
+    return [float(low), float(high) if np.isfinite(high) else None] if np.isfinite(low) else None
+
+
+def unreached(row: dict[str, Any], first: str, second: str) -> str:
+    """In words, how many resampled laws never reach the loss of a multiplier; empty if all do."""
+    said = [
+        f"{name} never reaches it in {count} of {row['samples']} resamples"
+        for name, count in zip((first, second), row["unreached"], strict=True)
+        if count
+    ]
+    return ", ".join(said)
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
@@ -92,6 +125,8 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any
     """
     sides, ranges = [], []
     for fitted in (first, second):
+        if not fitted["surface"]["converged"]:
+            raise UserError("one of the fits did not converge, so that its compute means nothing; add sizes or budgets")
         laws = [law_of(raw) for raw in fitted["bootstrap"]]
         law, price = law_of(fitted["surface"]), Price(fitted["price"])
         sizes = np.geomspace(fitted["n_range"][0] / 10, fitted["n_range"][1] * 10, 801)

@@ -48,7 +48,7 @@ class Law:
 
 def law_of(raw: dict[str, Any]) -> Law:
     """A law from plain data."""
-    return Law(raw["floor"], tuple(raw["factors"]), tuple(raw["exponents"]), raw["objective"])
+    return Law(raw["floor"], tuple(raw["factors"]), tuple(raw["exponents"]), raw["objective"], raw["converged"])
 
 
 def axes_of(rows: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -104,10 +104,12 @@ class _Problem:
         return found.x, found.status > 0
 
     def starts(self) -> np.ndarray:
-        """(4500, 5) for two axes: sizes of the terms at the centre, exponents, and E below the least loss."""
-        least = self.target.min()
-        sizes = least + np.array([-6.0, -4.0, -3.0, -2.0, -1.0, 0.0])
-        exponents, floors = (0.05, 0.2, 0.5, 1.0, 2.0), least - np.array([0.01, 0.1, 0.3, 1.0, 2.0])
+        """(4500, 5) for two axes: sizes of the terms at the centre, exponents, and E below the least loss; (5184, 7) of
+        a coarser grid for three."""
+        least, fine = self.target.min(), self.k < 3
+        sizes = least + np.array([-6.0, -4.0, -3.0, -2.0, -1.0, 0.0] if fine else [-5.0, -3.0, -1.5, 0.0])
+        exponents = (0.05, 0.2, 0.5, 1.0, 2.0) if fine else (0.1, 0.4, 1.5)
+        floors = least - np.array([0.01, 0.1, 0.3, 1.0, 2.0] if fine else [0.03, 0.3, 1.0])
         return np.array(list(itertools.product(*[sizes] * self.k, *[exponents] * self.k, floors)))
 
     def law(self, params: np.ndarray, converged: bool) -> Law:

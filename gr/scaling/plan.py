@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,12 +23,13 @@ from gr import flops
 from gr.config import config_hash
 from gr.data.layout import training_ranges
 from gr.data.loader import BatchingConfig, TrainLoader
-from gr.data.split import Split, Targets
+from gr.data.split import Split, Targets, thin
 from gr.data.store import EventStore
 from gr.distributed.process import ProcessContext
 from gr.errors import UserError
 from gr.files import write_text
-from gr.scaling.design import Cell, Study, Variant, find_base
+from gr.scaling.cells import Cell
+from gr.scaling.design import Study, Variant, find_base
 from gr.scaling.recipe import Recipe, find_recipe
 from gr.scaling.store import RunSpec, make_run_id
 from gr.training.assemble import assemble, open_data, sample_targets, train_loader
@@ -80,7 +81,8 @@ class Bench:
     recipe: Recipe
     base: RunConfig
     store: EventStore
-    split: Split
+    split: Split  # with every training user
+    known: dict[tuple[object, ...], tuple[Split, Rows, Cost]] = field(default_factory=dict)
 
     def data_hash(self) -> str:
         """Of the log."""
@@ -106,11 +108,11 @@ def make_plan(study: Study, path: Path) -> Plan:
     specs: list[RunSpec] = []
     rejected: list[Rejected] = []
     cells = study.design.cells()
-    smallest = min(study.design.budgets)
+    smallest = min(_amount(cell) for cell in cells)
     for name in study.variants:
         bench = open_bench(study, path, name)
         for cell in cells:
-            repeats = study.seeds.smallest_budget if cell.budget == smallest else study.seeds.default
+            repeats = study.seeds.smallest_budget if _amount(cell) == smallest else study.seeds.default
             for seed in range(repeats):
                 try:
                     spec = plan_run(study, bench, cell, seed)
@@ -125,6 +127,13 @@ def make_plan(study: Study, path: Path) -> Plan:
     if not specs:
         raise UserError(f"{path}: no cell can be run; the first: {rejected[0].reason}")
     return Plan(specs, rejected)
+
+
+def _amount(cell: Cell) -> float:
+    """What a cell spends: FLOPs, or in a grid tokens."""
+    amount = cell.tokens if cell.budget is None else cell.budget
+    assert amount is not None, "a cell says what it spends"
+    return amount
 
 
 class _Unfit(Exception):
@@ -142,16 +151,26 @@ def plan_run(study: Study, bench: Bench, cell: Cell, seed: int, limited: bool = 
         limited: Whether a cell beyond the limits is refused.
     """
     config = dataclasses.replace(bench.recipe.apply(bench.base, cell), seed=seed)
-    split = bench.split
-    users = np.flatnonzero(split.train_stop >= 2)
-    rows = Rows(config, split, users)
-    cost = run_cost(config, bench.store, split)
-    batch = bench.recipe.batch_size(cell.budget, rows.tokens.mean(), users.size)
+    if cell.length is not None:
+        config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, max_events=cell.length))
+    if cell.users is not None:
+        config = dataclasses.replace(config, train_users=cell.users)
+    shape = (cell.scale, config.layout.max_events, cell.users)
+    if shape not in bench.known:  # the same for every budget and seed
+        split = thin(bench.split, config.train_users)
+        rows = Rows(config, split, np.flatnonzero(split.train_stop >= 2))
+        bench.known[shape] = split, rows, run_cost(config, bench.store, split)
+    split, rows, cost = bench.known[shape]
+    budget = cell.budget
+    if budget is None:  # what its tokens cost on average
+        epoch = cost.training(rows.tokens.sum(), rows.pairs.sum(), rows.labels.sum())
+        budget = float(_amount(cell) * epoch / rows.tokens.sum())
+    batch = bench.recipe.batch_size(budget, rows.tokens.mean(), rows.users.size)
     train = dataclasses.replace(config.train, batching=BatchingConfig(batch_size=batch), accumulate=1)
     config = dataclasses.replace(config, train=train)
-    planned = solve(config, bench.store, split, rows, cost, cell.budget)
+    planned = solve(config, bench.store, split, rows, cost, budget)
     if limited:
-        _check(study, cell.budget, planned)
+        _check(study, budget, planned)
     config = bench.recipe.finish(config, int(planned["steps"]), math.ceil(planned["epochs"] - 1e-9))
     judging = {"users": study.judging.users, "ks": list(study.judging.ks)}
     data_hash = bench.data_hash()
@@ -163,9 +182,9 @@ def plan_run(study: Study, bench: Bench, cell: Cell, seed: int, limited: bool = 
         variant=bench.name,
         recipe=bench.recipe.name,
         scale=cell.scale,
-        budget=cell.budget,
+        budget=budget,
         seed=seed,
-        holdout=cell.budget in study.holdout.budgets,
+        holdout=study.holdout.holds(cell),
         planned=planned,
         judging=judging,
         data_hash=data_hash,
@@ -260,7 +279,10 @@ def judged_targets(split: Split, users: int) -> Targets:
 def eval_hash(config: RunConfig, split: Split, users: int, ks: tuple[int, ...] | list[int], data_hash: str) -> str:
     """12 hex digits of what judging depends on: the log, the targets, the rule for seen items, the cut-offs."""
     targets = judged_targets(split, users)
-    digest = hashlib.sha256(json.dumps([data_hash, list(ks), config.evaluation.mask_seen, "full ranking"]).encode())
+    seen: list[object] = [config.evaluation.mask_seen]
+    if config.evaluation.mask_seen == "window":  # what leaves the candidates depends on it
+        seen.append(config.layout.max_events)
+    digest = hashlib.sha256(json.dumps([data_hash, list(ks), *seen, "full ranking"]).encode())
     digest.update(targets.user.tobytes())
     digest.update(targets.position.tobytes())
     return digest.hexdigest()[:12]

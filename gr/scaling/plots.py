@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,15 @@ class Figure:
         name: Of its files.
         title: For people.
         rows: Plain rows; the CSV.
-        paint: Draws the rows on axes.
+        paint: Draws the rows on axes, or on an array of them.
+        panels: Axes side by side.
     """
 
     name: str
     title: str
     rows: list[dict[str, Any]]
     paint: Callable[[Any, list[dict[str, Any]]], None] = field(repr=False)
+    panels: int = 1
 
     @cached_property
     def svg(self) -> str:
@@ -53,10 +55,14 @@ class Figure:
         settings = {"svg.hashsalt": self.name, "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
                     "axes.spines.right": False, "axes.titlesize": 10, "legend.fontsize": 7}  # fmt: skip
         with matplotlib.rc_context(settings):
-            figure = canvas.Figure(figsize=(5.2, 3.6), layout="constrained")
-            axes = figure.subplots()
+            figure = canvas.Figure(figsize=(5.2 + 2.4 * (self.panels - 1), 3.6), layout="constrained")
+            axes = figure.subplots(1, self.panels)
             self.paint(axes, self.rows)
-            axes.set_title(self.title)
+            if self.panels > 1:
+                figure.suptitle(self.title, fontsize=10)
+                axes = axes[0]
+            else:
+                axes.set_title(self.title)
             if axes.get_legend_handles_labels()[1]:
                 axes.legend(frameon=False)
             out = io.StringIO()
@@ -73,16 +79,33 @@ class Figure:
         return out.getvalue()
 
 
-def draw(table: Path, folder: Path, samples: int = 200) -> list[Path]:
-    """Writes every figure of a table into ``folder/figures``.
+def draw(table: Path, folder: Path, samples: int = 200, names: Sequence[str] | None = None) -> list[Path]:
+    """Writes the figures of a table into ``folder/figures``.
+
+    Args:
+        table: ``runs.csv``; fits beside it are taken if they are of this table.
+        folder: Where to.
+        samples: Bootstrap samples of a fit that is made here.
+        names: Of figures, with or without their model's; ``None``: all.
 
     Returns:
         The SVGs.
+
+    Raises:
+        UserError: This table has no figure of a name.
     """
     fits = read_fits(table, samples)
-    return [path for name, one in fits.items() for path in write_figures(figures(name, one), folder)] + write_figures(
-        between(fits), folder
-    )
+    made = [figure for name, one in fits.items() for figure in figures(name, one)] + between(fits)
+    if names is not None:
+        unknown = [name for name in names if not any(_is(figure, name, fits) for figure in made)]
+        if unknown:
+            raise UserError(f"{table} has no figure {unknown[0]!r}; it has {', '.join(figure.name for figure in made)}")
+        made = [figure for figure in made if any(_is(figure, name, fits) for name in names)]
+    return write_figures(made, folder)
+
+
+def _is(figure: Figure, name: str, models: Iterable[str]) -> bool:
+    return figure.name == name or figure.name in {f"{model}_{name}" for model in models if model}
 
 
 def write_figures(made: list[Figure], folder: Path) -> list[Path]:
@@ -102,11 +125,11 @@ def figures(variant: str, study: tuple[list[dict[str, Any]], dict[str, Any]]) ->
     mark = f"{variant}_" if variant else ""
     noise = fitted["noise"]["seed"]
     seeds = "one seed a size" if noise is None else f"a seed moves a loss by {100 * noise:.2g} %"
-    makers = (_loss_compute, _isoflop, _optimum, _predicted, _residuals, _corner, _shares, _contours)
+    makers = (_loss_compute, _isoflop, _optimum, _predicted, _residuals, _corner, _shares, _contours, _lengths, _speed)
     made = [maker(rows, fitted) for maker in makers]
     made += [_quality(rows, fitted, metric) for metric in fitted["quality"]]
-    return [Figure(mark + one.name, f"{one.title}\n{variant or 'all runs'}; {seeds}", one.rows, one.paint)
-            for one in made if one is not None]  # fmt: skip
+    whose = f"{variant or 'all runs'}; {seeds}"
+    return [replace(one, name=mark + one.name, title=f"{one.title}\n{whose}") for one in made if one is not None]
 
 
 def _point(row: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -263,11 +286,13 @@ def _residuals(rows: list[dict[str, Any]], fitted: dict[str, Any]) -> Figure:
     data = [_point(row, residual=float(np.log(row["loss"] / law(row["n_encoder"], row["tokens"])))) for row in rows]
 
     def paint(axes: Any, data: list[dict[str, Any]]) -> None:
-        _scatter(axes, data, "n_encoder", "residual")
-        axes.axhline(0, color="#333333", linewidth=0.8)
-        _log(axes, "encoder parameters N", "log loss, seen - law")
+        names = (("n_encoder", "encoder parameters N"), ("tokens", "tokens D"), ("model_flops", "model FLOPs"))
+        for one, (name, label) in zip(axes, names, strict=True):
+            _scatter(one, data, name, "residual", label=one is axes[0])
+            one.axhline(0, color="#333333", linewidth=0.8)
+            _log(one, label, "log loss, seen - law" if one is axes[0] else "")
 
-    return Figure("residuals", "What the law leaves over", data, paint)
+    return Figure("residuals", "What the law leaves over", data, paint, panels=3)
 
 
 def _corner(rows: list[dict[str, Any]], fitted: dict[str, Any]) -> Figure | None:
@@ -278,14 +303,15 @@ def _corner(rows: list[dict[str, Any]], fitted: dict[str, Any]) -> Figure | None
 
     def paint(axes: Any, data: list[dict[str, Any]]) -> None:
         names = (("bootstrap", COLOURS[0], "by run"), ("seed_bootstrap", COLOURS[1], "by seed"))
-        for kind, colour, label in names:
-            mine = [row for row in data if row["kind"] == kind]
-            if mine:
-                axes.scatter(*_columns(mine, "alpha", "beta"), s=5, color=colour, label=label)
-        axes.set_xlabel("alpha")
-        axes.set_ylabel("beta")
+        for one, (x, y) in zip(axes, (("alpha", "beta"), ("E", "alpha"), ("E", "beta")), strict=True):
+            for kind, colour, label in names:
+                mine = [row for row in data if row["kind"] == kind]
+                if mine:
+                    one.scatter(*_columns(mine, x, y), s=5, color=colour, label=label)
+            one.set_xlabel(x)
+            one.set_ylabel(y)
 
-    return Figure("bootstrap", "Exponents of resampled runs", data, paint)
+    return Figure("bootstrap", "Laws of resampled runs", data, paint, panels=3)
 
 
 def _contours(rows: list[dict[str, Any]], fitted: dict[str, Any]) -> Figure:
@@ -337,6 +363,56 @@ def _shares(rows: list[dict[str, Any]], fitted: dict[str, Any]) -> Figure | None
     return Figure("flop_shares", "Where the FLOPs go", data, paint)
 
 
+def _lengths(rows: list[dict[str, Any]], fitted: dict[str, Any]) -> Figure | None:
+    """Nothing unless histories of several lengths were read."""
+    if len({row["max_events"] for row in rows if row.get("max_events")}) < 2 or not all(
+        row.get("pairs") for row in rows
+    ):
+        return None
+    data = [_point(row, attended=float(row["pairs"]) / row["tokens"]) for row in rows]
+    term = fitted.get("terms", {}).get("length")
+    if term is not None:
+        law, ends = law_of(term["law"]), [f(row["attended"] for row in data) for f in (min, max)]
+        for budget in fitted["budgets"]:
+            best = min((row for row in data if row["budget"] == budget), key=lambda row: row["loss"])
+            for x in np.geomspace(*ends, 30).tolist():
+                said = float(law(best["n_encoder"], best["tokens"], x))
+                data.append({"kind": "law", "budget": budget, "attended": x, "loss": said})
+
+    def paint(axes: Any, data: list[dict[str, Any]]) -> None:
+        runs = [row for row in data if row["kind"] != "law"]
+        _scatter(axes, runs, "attended", "loss")
+        for budget, colour in _colours(runs).items():
+            mine = [row for row in data if row["kind"] == "law" and row["budget"] == budget]
+            axes.plot(*_columns(mine, "attended", "loss"), "--", color=colour, linewidth=1)
+        _log(axes, "mean attended history", "held-out loss (nats)")
+
+    return Figure("length", "Loss against length; the law at each budget's best size", data, paint)
+
+
+def _speed(rows: list[dict[str, Any]], fitted: dict[str, Any]) -> Figure | None:
+    """Nothing without the study's ``timings.csv``."""
+    data = []
+    for row in rows:
+        try:
+            seconds, steps = float(row["train_seconds"]), float(row["steps"])
+        except (KeyError, TypeError, ValueError):
+            return None
+        mfu = row.get("mfu") or ""
+        data.append(_point(row, flops_per_s=row["model_flops"] / seconds, step_ms=1e3 * seconds / steps, mfu=mfu))
+
+    def paint(axes: Any, data: list[dict[str, Any]]) -> None:
+        name, label = ("mfu", "MFU") if all(row["mfu"] for row in data) else ("flops_per_s", "model FLOP/s")
+        axes.scatter([row["n_encoder"] for row in data], [float(row[name]) for row in data], s=22, color=COLOURS[0],
+                     label=label)  # fmt: skip
+        other = axes.twinx()
+        other.scatter(*_columns(data, "n_encoder", "step_ms"), s=22, marker="x", color=COLOURS[2])
+        other.set_ylabel("milliseconds a step (x)")
+        _log(axes, "encoder parameters N", label)
+
+    return Figure("speed", "Speed against size", data, paint)
+
+
 def _quality(rows: list[dict[str, Any]], fitted: dict[str, Any], metric: str) -> Figure:
     data = [_point(row, value=row[metric]) for row in rows if metric in row]
     for row in _frontier_curve(rows, fitted):
@@ -361,6 +437,7 @@ def between(fits: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]) -> lis
         try:
             for row in compare(fits[names[0]][1], fits[other][1]):
                 low, high = row["interval"] or (row["multiplier"],) * 2
+                high = row["multiplier"] if high is None else high  # no upper end: the CSV of compare says so
                 data.append({"model": other, "of": names[0], "loss": row["loss"], "multiplier": row["multiplier"],
                              "low": low, "high": high})  # fmt: skip
         except UserError:

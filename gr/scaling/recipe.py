@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gr.errors import UserError
-from gr.scaling.design import Cell
+from gr.scaling.cells import Cell
 from gr.training.config import ScheduleConfig
 from gr.training.run_config import RunConfig
 
@@ -34,6 +34,8 @@ class Recipe:
         batch_exponent: batch_tokens * (C / batch_budget) ** batch_exponent (0.3: DeepSeek LLM, arXiv 2401.02954,
             equation 1 has 0.3271).
         max_batch_tokens: No batch is larger.
+        length_per_scale: Events of a history that are read, at scale 1; they grow with the dial (HSTU's study grows
+            length and width in tandem); ``None``: as the base config says.
         warmup: Share of the steps.
         decay: Share of the steps at the end in which the rate falls to 0; before it is constant (warm-up, stable,
             decay).
@@ -53,6 +55,7 @@ class Recipe:
     batch_budget: float
     batch_exponent: float = 0.3
     max_batch_tokens: float = math.inf
+    length_per_scale: int | None = None
     warmup: float = 0.02
     decay: float = 0.2
     chosen: str
@@ -86,8 +89,12 @@ class Recipe:
         heads = dim // self.head_width
         encoder = dataclasses.replace(base.model.encoder, num_layers=layers, num_heads=heads, **widths)
         optimizer = dataclasses.replace(base.train.optimizer, lr=self.lr * (dim / self.lr_width) ** -self.lr_exponent)
+        layout = base.layout
+        if self.length_per_scale is not None:
+            layout = dataclasses.replace(layout, max_events=max(1, round(self.length_per_scale * cell.scale)))
         return dataclasses.replace(
             base,
+            layout=layout,
             model=dataclasses.replace(base.model, dim=dim, encoder=encoder),
             train=dataclasses.replace(base.train, optimizer=optimizer),
         )
@@ -150,6 +157,12 @@ RECIPES: dict[str, Recipe] = {
             "and the batch's with budget are taken from language models and not verified here",
         ),
         HSTU_WIDTH_1,
+        dataclasses.replace(
+            HSTU_WIDTH_1,
+            name="hstu-tandem-1",
+            length_per_scale=8,
+            chosen="as hstu-width-1, and histories grow with the width, 8 events at scale 1; this growth was not tuned",
+        ),
         dataclasses.replace(
             HSTU_WIDTH_1,
             name="sasrec-width-1",

@@ -9,7 +9,7 @@ from typing import Any
 from gr.errors import UserError
 from gr.files import write_text
 from gr.scaling.fit import OBJECTIVE
-from gr.scaling.frontier import compare
+from gr.scaling.frontier import compare, unreached
 from gr.scaling.law import MOST, REFINED
 from gr.scaling.plots import Figure, between, figures, write_figures
 from gr.scaling.study_fits import read_fits
@@ -48,7 +48,7 @@ def write_report(table: Path, folder: Path, samples: int = 200) -> list[Path]:
         What was written.
     """
     fits = read_fits(table, samples)
-    sections = [_held_out(fits), _laws(fits), *([_multipliers(fits)] if len(fits) > 1 else [])]
+    sections = [_held_out(fits), _laws(fits), *_terms(fits), *([_multipliers(fits)] if len(fits) > 1 else [])]
     for name, one in fits.items():
         sections.append(Section(f"Figures of {name}" if name else "Figures", figures=figures(name, one)))
     sections += [_steps(fits), _checklist(fits), _excluded(fits)]
@@ -124,6 +124,22 @@ def _laws(fits: Fits) -> Section:
     return section
 
 
+def _terms(fits: Fits) -> list[Section]:
+    head = ["model", "term", "parameter", "95 % interval", "E", "alpha", "beta", "objective", "without it"]
+    about = "gamma: L(N, D) + G x^-gamma, x the mean attended history or the parameters of the tables; "
+    section = Section("Further terms", [about + "R: D replaced by what repeated tokens are worth."], head)
+    for variant, (_, fitted) in fits.items():
+        for term in fitted.get("terms", {}).values():
+            law, name = term["law"], "gamma" if term["worth"] is None else "R"
+            value = law["exponents"][2] if term["worth"] is None else term["worth"]
+            bounds = term["intervals"] and term["intervals"][name]
+            section.rows.append([_name(variant), term["term"], f"{name} {value:.4g}", _range(bounds, 3),
+                                 *(f"{x:.4f}" for x in (law["floor"], *law["exponents"][:2])),
+                                 f"{law['objective']:.3g}", f"{term['plain']:.3g}"])  # fmt: skip
+            section.lines += [f"{_name(variant)}, {term['term']}: {note}." for note in term["notes"]]
+    return [section] if section.rows else []
+
+
 def _multipliers(fits: Fits) -> Section:
     section = Section("Compute for the same loss", head=["model", "loss", "times the compute", "95 % interval"])
     first, *others = fits
@@ -133,8 +149,13 @@ def _multipliers(fits: Fits) -> Section:
         except UserError as error:
             section.lines.append(f"{first} and {other}: {error}.")
             continue
-        section.rows += [[f"{other} against {first}", f"{row['loss']:.4f}", f"{row['multiplier']:.3g}",
-                          _range(row["interval"], 2)] for row in rows]  # fmt: skip
+        for row in rows:
+            wide = row["interval"] and (_range(row["interval"], 2) if row["interval"][1] is not None else
+                                        f"from {row['interval'][0]:.2f}")  # fmt: skip
+            section.rows.append([f"{other} against {first}", f"{row['loss']:.4f}", f"{row['multiplier']:.3g}",
+                                 wide or "-"])  # fmt: skip
+            if said := unreached(row, first, other):
+                section.lines.append(f"Loss {row['loss']:.4f}: {said}.")
     if not section.rows:
         section.head = []
     else:
@@ -164,6 +185,12 @@ def _largest(rows: list[dict[str, Any]], name: str) -> str:
         return "not in the table"
 
 
+def _noise(variant: str, noise: dict[str, Any]) -> str:
+    if noise["seed"] is None:
+        return f"{_name(variant)} unknown, no cell has two seeds"
+    return f"{_name(variant)} {100 * noise['seed']:.2f} % of a loss ({noise['seed_freedom']} degrees of freedom)"
+
+
 def _checklist(fits: Fits) -> Section:
     """The questions of (Mis)Fitting (Li et al. 2025, arXiv 2502.18969), as far as a table can answer them."""
     rows = [row for mine, _ in fits.values() for row in mine]
@@ -173,19 +200,27 @@ def _checklist(fits: Fits) -> Section:
     held = ", ".join(sorted({f"{row['budget']:.2e}" for one in fitted for row in one["held_out"]})) or "nothing"
     answers = {
         "What is N": "the column n_encoder: what the encoder's products multiply with, neither tables nor biases",
-        "What is D": "the column tokens: tokens read in training, repeats counted",
+        "What is D": "the column tokens: tokens read in training, repeats counted; an interaction is one, under "
+        "the layout interleaved two",
         "What is C": "the column model_flops: three times the forward products of the real lengths, scores included; "
         "6 N D is not assumed",
         "Which checkpoints": "the last of each finished schedule; no point lies inside a schedule",
         "Budgets fitted": budgets,
         "Held out": held,
-        "Runs": f"{len(rows)}, recipe {_seen(rows, 'recipe')}",
+        "Runs": f"{len(rows)} finished, {sum(len(one['excluded']) for one in fitted)} left out; recipe "
+        f"{_seen(rows, 'recipe')}",
+        "Code": f"commit {_seen(rows, 'code')}",
+        "Length of histories": f"at most {_seen(rows, 'max_events')} events",
         "Tuning at each size": "the recipe's formulas; how they came about stands in gr/scaling/recipe.py",
         "Seeds": _seen(rows, "seed"),
         "Data": f"log {_seen(rows, 'data_hash')}; at most {_largest(rows, 'epochs')} passes",
-        "Judged": f"evaluation {_seen(rows, 'eval_hash')}, the same targets for every run",
+        "Judged": f"evaluation {_seen(rows, 'eval_hash')}, the same targets for every run, ranked among all items",
+        "Noise of a seed": ", ".join(_noise(name, one["noise"]) for name, (_, one) in fits.items()),
         "Objective": OBJECTIVE,
         "Starts": f"4500 on a grid, the best {REFINED} refined; exponents from 0 to {MOST:g}, E below the least loss",
+        "Converged": ", ".join(
+            f"{_name(name)} {'yes' if one['surface']['converged'] else 'no'}" for name, (_, one) in fits.items()
+        ),
         "Optimiser": "scipy.optimize.least_squares, trust region reflective, analytic Jacobian",
         "Weights": "none",
         "Uncertainty": f"bootstrap by run and by seed, {', '.join(map(str, sorted(samples)))} samples; the interval "

@@ -3,9 +3,11 @@
 ::
 
     <out>/<study>/runs/<run_id>/spec.json    what to do: the whole config, the recipe, hashes, planned cost
-                                heartbeat.json, log.txt, error.json
+                                heartbeat.json, log.txt, error.json, job.json (Slurm's number)
+                                memory.json   how its batches were divided when they did not fit
                                 model/       an ordinary run folder: gr-evaluate and gr-recommend read it
                                 result.json  measured cost and metrics; a diverged run has one, too
+                  floor_<eval_hash>.json               the least loss that the world allows, the same for every run
                   runs.csv timings.csv fits.json
 
 Delete a run's folder to have it run again. Needs no torch.
@@ -14,6 +16,7 @@ Delete a run's folder to have it run again. Needs no torch.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -141,6 +144,15 @@ class RunDir:
         """``kind``: the exception's class, or ``crash``."""
         write_json(self.path / "error.json", {"kind": kind, "message": message})
 
+    def batches(self) -> dict[str, int] | None:
+        """``batch_size`` and ``accumulate`` that fit where those of the spec did not."""
+        raw = read_json(self.path / "memory.json")
+        return raw if isinstance(raw, dict) else None
+
+    def write_batches(self, batch_size: int, accumulate: int) -> None:
+        """For the next attempt."""
+        write_json(self.path / "memory.json", {"batch_size": batch_size, "accumulate": accumulate})
+
     def state(self, now: float | None = None) -> str:
         """done, diverged, running, failed, preempted (begun, and nobody is at it) or planned."""
         result = self.result()
@@ -158,9 +170,8 @@ class RunDir:
         if not isinstance(beat, dict):
             return False
         if beat.get("host") == socket.gethostname():
-            try:
-                os.kill(int(beat["pid"]), 0)
-            except (OSError, ValueError, KeyError, TypeError):
+            born = _born(beat.get("pid"))
+            if born is None or born != beat.get("born"):
                 return False
         return now - float(beat.get("time", 0.0)) < STALE_S
 
@@ -171,7 +182,9 @@ class RunDir:
 
         def beat() -> None:
             with contextlib.suppress(UserError):
-                write_json(path, {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()})
+                pid = os.getpid()
+                mine = {"pid": pid, "born": _born(pid), "host": socket.gethostname(), "time": time.time()}
+                write_json(path, mine)
 
         def loop() -> None:
             while not over.wait(HEARTBEAT_S):
@@ -188,6 +201,18 @@ class RunDir:
             path.unlink(missing_ok=True)
 
 
+def _born(pid: Any) -> str | None:
+    """When a process of this machine began, in the kernel's ticks; ``None``: it is gone, or dead and not yet reaped.
+
+    A number alone would not do: the next process of that number would count as the one that was killed.
+    """
+    try:
+        after_name = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError, TypeError):
+        return None
+    return None if after_name[0] in "ZX" else after_name[19]
+
+
 def run_dir(study_folder: Path, run_id: str) -> RunDir:
     """The folder of a run of a study."""
     return RunDir(study_folder / "runs" / run_id)
@@ -196,6 +221,35 @@ def run_dir(study_folder: Path, run_id: str) -> RunDir:
 def all_runs(study_folder: Path) -> list[RunDir]:
     """Every folder with a spec, by name."""
     return [RunDir(path.parent) for path in sorted((study_folder / "runs").glob("*/spec.json"))]
+
+
+def spent_flops(study_folder: Path) -> int:
+    """Model FLOPs of every run that has ended, those of earlier designs, too."""
+    results = (run.result() for run in all_runs(study_folder))
+    return sum(int(result["measured"]["model_flops"]) for result in results if result is not None)
+
+
+@contextlib.contextmanager
+def driving(study_folder: Path) -> Iterator[None]:
+    """Keeps a second driver from a study; the system lets go when this one dies.
+
+    Raises:
+        UserError: Another one has it.
+    """
+    path = study_folder / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115  held open as long as the lock
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{study_folder} is being run by another gr-scaling; wait, or end that one") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
 
 
 def mean_rate(study_folder: Path, variant: str | None = None, scale: float | None = None) -> float | None:

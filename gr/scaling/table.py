@@ -1,4 +1,5 @@
-"""``runs.csv``: a row a run, in the order of run ids; what differs between two machines lies in ``timings.csv``.
+"""``runs.csv``: a row a run, in the order of run ids; what differs between two machines, or two commits, lies in
+``timings.csv``.
 
 Needs no torch, and reads tables of other systems: ``COLUMNS`` are the ones that a fit needs.
 """
@@ -44,10 +45,11 @@ def collect(folder: Path) -> tuple[Path, int]:
         row: dict[str, Any] = {name: getattr(spec, name) for name in ("run_id", "study", "variant", "recipe")}
         row |= {"status": state, "reason": result.get("reason") or error.get("message", "")}
         row |= {"scale": spec.scale, "budget": spec.budget, "seed": spec.seed, "holdout": int(spec.holdout)}
+        row |= {"max_events": spec.config["layout"]["max_events"], "train_users": spec.config.get("train_users", 0)}
         row |= {"data_hash": spec.data_hash[:12], "eval_hash": spec.eval_hash, "epochs": spec.planned["epochs"]}
         row |= {name: result.get("measured", {}).get(name) for name in MEASURED}
         rows.append(row | {name: value for name, value in sorted(result.get("metrics", {}).items())})
-        timings.append({"run_id": spec.run_id, **result.get("timings", {})})
+        timings.append({"run_id": spec.run_id, "code": result.get("code"), **result.get("timings", {})})
     if not rows:
         raise UserError(f"{folder} has no runs; gr-scaling run makes them")
     write_text(folder / "timings.csv", _text(timings))
@@ -103,11 +105,35 @@ def read_runs(path: Path, variant: str | None = None) -> tuple[list[dict[str, An
             except (TypeError, ValueError):
                 del row[name]
         good.append(row)
+    _refuse_twins(path, good)
     for name, right in ALIKE.items():
         found = sorted({row.get(name) or "" for row in good})
         if len(found) > 1:
             raise UserError(f"{path} mixes {name} {found[0]!r} and {found[1]!r}; {right}")
     return good, excluded
+
+
+def _refuse_twins(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One cell and seed under two ids was made from two configs, of which one is not this study's."""
+    names = ("variant", "recipe", "budget", "n_encoder", "max_events", "train_users", "seed")
+    seen: dict[tuple[Any, ...], str] = {}
+    for row in (row for row in rows if row.get("seed")):
+        cell = tuple(row.get(name) for name in names)
+        if cell in seen:
+            raise UserError(
+                f"{path}: runs {seen[cell]} and {row['run_id']} are one cell and seed, from two configs; delete the "
+                "folder of the one that is not of this study, and collect again"
+            )
+        seen[cell] = row["run_id"]
+
+
+def read_timings(path: Path) -> dict[str, dict[str, str]]:
+    """Rows of the ``timings.csv`` beside a table, by run; none if there is no such file."""
+    try:
+        with open(path.with_name("timings.csv"), encoding="utf-8", newline="") as file:
+            return {row["run_id"]: row for row in csv.DictReader(file)}
+    except (OSError, KeyError):
+        return {}
 
 
 def _number(path: Path, row: dict[str, Any], name: str) -> float:

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
+import shutil
 import signal
 import sys
 import time
@@ -18,14 +20,15 @@ import torch
 
 from gr import config as configs
 from gr import flops
-from gr.data.split import Split
+from gr.data.split import Split, Targets
 from gr.data.store import EventStore
 from gr.distributed.process import ProcessContext, process
-from gr.errors import Diverged, UserError, run_cli
+from gr.errors import STOPPED, Diverged, OutOfMemory, UserError, run_cli
+from gr.files import write_json
 from gr.models.retrieval import RetrievalModel
 from gr.scaling.judge import judge, loss_floor
 from gr.scaling.plan import eval_hash, judged_targets, matrix_parameters
-from gr.scaling.store import RunDir, RunSpec
+from gr.scaling.store import RunDir, RunSpec, read_json
 from gr.training.assemble import assemble, open_data, train_loader
 from gr.training.environment import describe
 from gr.training.phase import Phase
@@ -34,13 +37,15 @@ from gr.training.run_folder import RunFolder, claim
 from gr.training.trainer import Trainer
 
 DIVERGED_RATIO = 1.5  # of the first logged training loss
+TOO_LARGE = "out of memory"
 
 
 def work(folder: Path, ctx: ProcessContext) -> str:
     """Runs the spec in a folder to its end, in this process alone.
 
     Returns:
-        ``done``, ``diverged``, ``stopped`` (saved; the same call goes on) or ``failed`` (see error.json).
+        ``done``, ``diverged``, ``stopped`` (saved; the same call goes on), ``out of memory`` (the same call tries with
+        smaller parts of its batches, which learn the same) or ``failed`` (see error.json).
     """
     run = RunDir(folder)
     spec = run.spec()
@@ -48,6 +53,8 @@ def work(folder: Path, ctx: ProcessContext) -> str:
         try:
             return _work(run, spec, ctx)
         except Exception as error:
+            if isinstance(error, OutOfMemory) and _divide(run, spec):
+                return TOO_LARGE
             last = traceback.format_exc().strip().splitlines()[-3:]
             message = str(error) if isinstance(error, UserError) else " | ".join(line.strip() for line in last)
             run.write_error(type(error).__name__, message)
@@ -56,9 +63,33 @@ def work(folder: Path, ctx: ProcessContext) -> str:
             return "failed"
 
 
-def _work(run: RunDir, spec: RunSpec, ctx: ProcessContext) -> str:
+def _divide(run: RunDir, spec: RunSpec) -> bool:
+    """Has the next attempt take a step's sequences in twice as many parts (an odd number of them: in as few as divide
+    it), so that it learns from the same sequences in the same order; False where one at a time did not fit."""
+    train = spec.config["train"]
+    now = run.batches() or {"batch_size": train["batching"]["batch_size"], "accumulate": train["accumulate"]}
+    size = now["batch_size"]
+    parts = next((p for p in range(2, size + 1) if size % p == 0), None)
+    if parts is None:
+        return False
+    run.write_batches(size // parts, now["accumulate"] * parts)
+    shutil.rmtree(run.model, ignore_errors=True)  # begun with other batches
+    return True
+
+
+def _config(run: RunDir, spec: RunSpec) -> RunConfig:
+    """The spec's, in this folder, with batches that fit."""
     config = configs.from_dict(RunConfig, spec.config, str(run.spec_file))
-    config = dataclasses.replace(config, name=run.model.name, runs=str(run.path))
+    fits = run.batches()
+    if fits is not None:
+        batching = dataclasses.replace(config.train.batching, batch_size=fits["batch_size"])
+        train = dataclasses.replace(config.train, batching=batching, accumulate=fits["accumulate"])
+        config = dataclasses.replace(config, train=train)
+    return dataclasses.replace(config, name=run.model.name, runs=str(run.path))
+
+
+def _work(run: RunDir, spec: RunSpec, ctx: ProcessContext) -> str:
+    config = _config(run, spec)
     store, split = open_data(config)
     _same_data(config, store, split, spec)
     claim(run.model, config, ["gr-scaling", "run", spec.study], store)
@@ -77,7 +108,9 @@ def _work(run: RunDir, spec: RunSpec, ctx: ProcessContext) -> str:
     metrics = judge(config, ctx, store, targets, model, spec.judging["ks"])
     judged = time.perf_counter() - begin
     reason = _went_up(RunFolder(run.model).metrics)
-    run.write_result(_record(spec, ctx, model, trainer, judged, reason, metrics, loss_floor(config, store, targets)))
+    run.write_result(
+        _record(spec, ctx, model, trainer, judged, reason, metrics, _floor(run, spec, config, store, targets))
+    )
     return "diverged" if reason else "done"
 
 
@@ -94,6 +127,17 @@ def _same_data(config: RunConfig, store: EventStore, split: Split, spec: RunSpec
             f"run {spec.run_id} was planned to be judged on {spec.eval_hash}, here it would be on {judged}; "
             "plan the study again"
         )
+
+
+def _floor(run: RunDir, spec: RunSpec, config: RunConfig, store: EventStore, targets: Targets) -> float | None:
+    """``loss_floor``, which is the same for every run that is judged alike: the first to need it writes it down."""
+    known = run.path.parent.parent / f"floor_{spec.eval_hash}.json"
+    found = read_json(known)
+    if isinstance(found, dict) and "loss" in found:
+        return found["loss"]
+    floor = loss_floor(config, store, targets)
+    write_json(known, {"loss": floor})
+    return floor
 
 
 def _went_up(metrics: Path) -> str | None:
@@ -140,6 +184,8 @@ def _record(
             "tokens_per_s": total.tokens_per_s,
             "mfu": flops.utilisation(total.model_flops, total.seconds, peak, 1),
             "device": device,
+            "batch_size": trainer.config.batching.batch_size,
+            "accumulate": trainer.config.accumulate,
         },
         "env": {name: about.get(name) for name in ("python", "torch", "cpu", "threads", "cuda", "platform")},
     }
@@ -177,15 +223,19 @@ def _no_log() -> Iterator[None]:
 
 def work_here(folder: Path, device: str = "auto") -> str:
     """``work`` in this process."""
+    state = TOO_LARGE
     with process(device) as ctx, _no_log():
-        return work(folder, ctx)
+        while state == TOO_LARGE:
+            state = work(folder, ctx)
+    return state
 
 
 def main(argv: list[str]) -> int:
     """Exit status: 0 done or diverged, 3 stopped and saved, 1 failed."""
     if len(argv) != 1:
         raise UserError("usage: python -m gr.scaling.worker RUN_FOLDER")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler)
     device = RunDir(Path(argv[0])).spec().config["device"]
     try:
         with process(device) as ctx:
@@ -193,7 +243,9 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         state = "stopped"  # outside of training: what is done is on disk
     print(state, flush=True)
-    return {"done": 0, "diverged": 0, "stopped": 3}.get(state, 1)
+    if state == TOO_LARGE:  # in a process whose memory is whole
+        os.execv(sys.executable, [sys.executable, "-m", "gr.scaling.worker", *argv])
+    return {"done": 0, "diverged": 0, "stopped": STOPPED}.get(state, 1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from gr.data.layout import check_layout
 from gr.data.loader import EvalLoader, TrainLoader
 from gr.data.negatives import make_sampler
 from gr.data.prepare import prepare
-from gr.data.split import Split, Targets, make_split
+from gr.data.split import Split, Targets, make_split, thin
 from gr.data.store import EventStore
 from gr.distributed.process import ProcessContext
 from gr.distributed.tables import make_tables
@@ -20,7 +20,7 @@ from gr.training.run_config import RunConfig
 def open_data(config: RunConfig, cache: str | None = None) -> tuple[EventStore, Split]:
     """The prepared log (from the cache, or prepared now) and its split."""
     store = prepare(config.data, cache or config.cache)
-    return store, make_split(config.split, store)
+    return store, thin(make_split(config.split, store), config.train_users)
 
 
 def assemble(config: RunConfig, store: EventStore, split: Split, ctx: ProcessContext | None = None) -> RetrievalModel:

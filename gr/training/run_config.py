@@ -61,6 +61,7 @@ class RunConfig:
         seed: Of weights, order, dropout and negatives. The data have a seed of their own.
         data: Where the log comes from.
         split: What trains and what is held out.
+        train_users: So many users train, an even sample, and all are judged: for studies of how much data does; 0: all.
         layout: How events become tokens.
         model: The network.
         objective: The loss and its negatives.
@@ -78,6 +79,7 @@ class RunConfig:
     seed: int = 0
     data: Annotated[Any, OneOf(SOURCES)] = field(default_factory=PlantedConfig)
     split: Annotated[Any, OneOf(SPLITS, default="leave_one_out")] = field(default_factory=LeaveOneOutConfig)
+    train_users: int = unhashed_default(0)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: Annotated[Any, OneOf(OBJECTIVES)] = field(default_factory=FullSoftmaxConfig)
@@ -93,6 +95,8 @@ class RunConfig:
         check_name(self.name, "run")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2**63")
+        if self.train_users < 0:
+            raise UserError(f"train_users is {self.train_users}; it must be at least 0")
         if not 1 <= self.timeout_s <= 86_400:
             raise UserError(f"timeout_s is {self.timeout_s}; it must be from 1 to 86400 seconds")
         self.distributed.dense.check(self.train.accumulate, self.train.compile)

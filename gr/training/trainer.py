@@ -28,7 +28,7 @@ from gr.data.batch import JaggedBatch
 from gr.distributed.config import DenseConfig
 from gr.distributed.engine import Engine, make_engine
 from gr.distributed.process import ProcessContext, broadcast_object, gather_integers, main_only_errors
-from gr.errors import Diverged, UserError
+from gr.errors import Diverged, OutOfMemory, UserError
 from gr.kernels.native import has_bf16_units
 from gr.training.checkpoint import STATE, find_checkpoint, load_torch, set_aside
 from gr.training.config import TrainConfig
@@ -360,7 +360,7 @@ class Trainer:
                 tables=tables,
             )
         except torch.OutOfMemoryError:
-            raise UserError(
+            raise OutOfMemory(
                 f"out of device memory at step {state.step + 1}; lower batching.batch_size "
                 "or batching.tokens_per_batch, and raise accumulate to learn from as many sequences a step"
             ) from None

@@ -1,0 +1,97 @@
+"""Runs as tasks of Ray: each is the ordinary process of a run, so that it leaves the GPU as clean as one by hand.
+
+Study, cache and code must lie where every machine finds them under the same names.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from gr.errors import UserError
+from gr.launch.ray import connect
+from gr.scaling.design import Resources
+from gr.scaling.executors import SAVING, STATES, THREADS, worker
+
+GRACE_S = 600.0  # for all to save
+
+
+class Ray:
+    """Tasks.
+
+    Args:
+        slots: How many at a time.
+        resources: ``threads``, ``gpus``, ``address``, ``retries``.
+
+    Raises:
+        UserError: Nobody at the address, or it has less than one run asks for.
+    """
+
+    farewell = SAVING
+
+    def __init__(self, slots: int, resources: Resources) -> None:
+        threads = resources.threads or 1
+        connect(resources.address, max(os.cpu_count() or 1, threads * slots))
+        import ray
+
+        check_size({"CPU": threads, "GPU": resources.gpus}, ray.cluster_resources())
+        self._ray, self.slots = ray, slots
+        self._env = {THREADS: str(threads)}
+        self._task = ray.remote(num_cpus=threads, num_gpus=resources.gpus, max_retries=resources.retries)(_work)
+        self._running: dict[Any, Path] = {}
+
+    def start(self, folder: Path) -> None:
+        """Hands it to Ray, which may keep it waiting for cores."""
+        folder = folder.absolute()
+        reference = self._task.remote(worker(folder), os.getcwd(), self._env, str(folder / "log.txt"))
+        self._running[reference] = folder
+
+    def ended(self) -> list[tuple[Path, str]]:
+        """Since the last call."""
+        if not self._running:
+            return []
+        ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=0.2)
+        return [(self._running.pop(reference), self._state(reference)) for reference in ready]
+
+    def _state(self, reference: Any) -> str:
+        try:
+            return STATES.get(self._ray.get(reference), "failed")
+        except self._ray.exceptions.RayError:
+            return "failed"  # its machine was lost more often than it may be
+
+    def stop(self) -> None:
+        """A cancelled task hands SIGTERM on and waits for the save."""
+        for reference in self._running:
+            self._ray.cancel(reference)
+        self._ray.wait(list(self._running), num_returns=len(self._running), timeout=GRACE_S)
+        self._ray.shutdown()
+
+
+def check_size(asked: dict[str, float], has: dict[str, float]) -> None:
+    """Ray would wait for ever for what it does not have.
+
+    Raises:
+        UserError: As said.
+    """
+    for what, each in asked.items():
+        if each > has.get(what, 0.0):
+            raise UserError(
+                f"a run asks for {each:g} {what} and all of this Ray has {has.get(what, 0.0):g}; lower "
+                f"resources.{'threads' if what == 'CPU' else 'gpus'}"
+            )
+
+
+def _work(argv: list[str], folder: str, env: dict[str, str], log: str) -> int:
+    """In a Ray worker: the exit status of the run's process."""
+    with open(log, "ab") as out:
+        child = subprocess.Popen(
+            argv, cwd=folder, env={**os.environ, **env}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        return child.wait()
+    except BaseException:  # cancelled
+        child.send_signal(signal.SIGTERM)
+        return child.wait()
