@@ -78,9 +78,7 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
     condition, correlation = conditioning(axes, loss, surface)
     _warn(surface, laws, correlation, notes)
     quality = {
-        name: form
-        for name in fitted[0]
-        if name.startswith(METRICS) and (form := fit_quality(fitted, name)) is not None
+        name: form for name in fitted[0] if name.startswith(METRICS) and (form := fit_quality(fitted, name)) is not None
     }
     price = Price.of(fitted)
     result: dict[str, Any] = {

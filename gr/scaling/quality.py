@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -87,11 +88,18 @@ def _surface(rows: Rows, metric: str) -> Quality:
     return Quality("surface", law=fit_law(axes_of(rows), 1.0 - np.array([row[metric] for row in rows])))
 
 
+@lru_cache(maxsize=8)
+def _loss_law(runs: tuple[tuple[float, float, float], ...]) -> Law:
+    """Of (N, D, loss); the same for every metric of a table."""
+    n, tokens, loss = np.array(runs).T
+    return fit_law(np.array([n, tokens]), loss)
+
+
 def _through(rows: Rows, metric: str) -> Quality:
-    loss = np.array([row["loss"] for row in rows])
+    law = _loss_law(tuple((row["n_encoder"], row["tokens"], row["loss"]) for row in rows))
     inside = np.clip([row[metric] for row in rows], 1e-6, 1 - 1e-6)
-    curve = tuple(float(x) for x in np.polyfit(loss, logit(inside), 2))
-    return Quality("through", law=fit_law(axes_of(rows), loss), curve=curve)  # type: ignore[arg-type]
+    curve = np.polyfit([row["loss"] for row in rows], logit(inside), 2)
+    return Quality("through", law=law, curve=(float(curve[0]), float(curve[1]), float(curve[2])))
 
 
 FORMS: dict[str, Callable[[Rows, str], Quality]] = {

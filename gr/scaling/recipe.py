@@ -133,7 +133,7 @@ HSTU_WIDTH_2 = dataclasses.replace(
     HSTU_WIDTH_1,
     name="hstu-width-2",
     warmup=0.1,
-    chosen="hstu-width-1 with a longer warm-up (with 2 % one seed of two was 4 % behind at width 96 and 1e12 FLOPs); its "
+    chosen="hstu-width-1 with a longer warm-up (with 2 % one of two seeds was 4 % behind at width 96, 1e12 FLOPs); its "
     "rates are within the noise of the best of four, a factor 2 apart, by validation "
     "(benchmarks/results/scaling_planted_2/rates.jsonl)",
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from gr.errors import UserError
 from gr.scaling import law as laws
@@ -19,7 +20,7 @@ from gr.scaling.frontier import Price, compare, compute_for
 from gr.scaling.isoflop import envelope, optimum_exponents, parabolas
 from gr.scaling.law import Law, fit_law
 from gr.scaling.projection import project_law
-from gr.scaling.quality import fit_quality
+from gr.scaling.quality import best_of_budgets, fit_quality, foretell, quality_of
 from gr.scaling.table import read_runs
 from test_scaling_fit import TRUE, surface, table, write
 
@@ -142,14 +143,57 @@ def test_the_noise_of_a_seed_is_that_of_the_repeated_cells_and_moves_the_seed_in
     assert seed_noise(table(surface(3, 4))) is None
 
 
+def with_metric(rows: list[dict], of_loss) -> list[dict]:
+    return [{**row, "hr@10": float(of_loss(row["loss"]))} for row in rows]
+
+
 def test_a_saturating_metric_is_foretold_by_a_form_that_saturates() -> None:
-    rows = table(surface(5, 7))
-    for row in rows:
-        row["hr@10"] = 0.9 - 0.05 * (row["loss"] - TRUE.floor)
-    form, errors = fit_quality(rows, "hr@10")
-    assert form.form == "surface" and errors["surface"] < 1e-3 < errors["line"]
+    rows = with_metric(table(surface(5, 7)), lambda loss: 0.9 - 0.05 * (loss - TRUE.floor))
+    fitted = fit_quality(rows, "hr@10")
+    assert fitted["form"] == "surface" and fitted["errors"]["surface"] < 1e-3 < fitted["errors"]["line"]
     row = rows[10]
-    assert abs(form(row["budget"], row["n_encoder"], row["tokens"]) - row["hr@10"]) < 1e-3
+    told = foretell(fitted, row["budget"], row["n_encoder"], row["tokens"])
+    assert abs(told["predicted"] - row["hr@10"]) < 1e-3
+
+
+def test_a_metric_that_is_a_function_of_the_loss_is_recovered_and_foretold_through_it() -> None:
+    curve = (0.01, -0.95, 8.0)
+    rows = with_metric(table(surface(6, 7)), lambda loss: expit(np.polyval(curve, loss)))
+    largest = max(row["budget"] for row in rows)
+    fitted = fit_quality([row for row in rows if row["budget"] < largest], "hr@10")
+    assert fitted["form"] == "through"
+    assert np.allclose(fitted["forms"]["through"]["curve"], curve, atol=1e-4)
+    for row in rows:
+        if row["budget"] == largest:
+            told = foretell(fitted, row["budget"], row["n_encoder"], row["tokens"])
+            assert abs(told["predicted"] - row["hr@10"]) < 5e-4
+
+
+@pytest.fixture(scope="module")
+def noisy() -> tuple[list[dict], dict]:
+    """Runs of a metric with a noise of 0.004, and its fit."""
+    draw = np.random.default_rng(3)
+    rows = with_metric(table(surface(5, 7)), lambda loss: 0.9 - 0.05 * (loss - TRUE.floor))
+    rows = [{**row, "hr@10": row["hr@10"] + 0.004 * draw.standard_normal()} for row in rows]
+    return rows, fit_quality(rows, "hr@10")
+
+
+def test_a_metric_s_interval_holds_the_noise_of_runs_and_what_the_forms_disagree_by(noisy) -> None:
+    rows, fitted = noisy
+    assert 0.003 < fitted["scatter"]["surface"] < 0.005
+    far = (rows[-1]["budget"] * 100, rows[-1]["n_encoder"] * 10, rows[-1]["tokens"] * 10)
+    apart = np.subtract(*(quality_of(fitted["forms"][name])(*far) for name in ("surface", "through"))) / 2
+    told = foretell(fitted, *far)
+    wide = 1.96 * np.sqrt(fitted["scatter"][told["form"]] ** 2 + fitted["errors"][told["form"]] ** 2 + apart**2)
+    assert np.allclose(told["interval"], [told["predicted"] - wide, told["predicted"] + wide]) and apart != 0
+
+
+def test_every_form_counts_its_own_parameters(noisy) -> None:
+    rows, fitted = noisy
+    for name, free in (("saturating", 3), ("line", 2)):
+        form, best = quality_of(fitted["forms"][name]), best_of_budgets(rows, "hr@10")
+        rest = [form(row["budget"], row["n_encoder"], row["tokens"]) - row["hr@10"] for row in best]
+        assert np.isclose(fitted["scatter"][name], np.sqrt(np.square(rest).sum() / (len(rest) - free)))
 
 
 def test_a_metric_that_a_run_lacks_is_not_fitted(tmp_path) -> None:
