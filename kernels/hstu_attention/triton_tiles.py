@@ -126,8 +126,8 @@ _Sizes = tuple[int, int, int, int]
 _FLOATS = {(kernel, False, None): ((32, 32, 4, 1),) * 5 for kernel in KERNELS}
 _SHIPPED: dict[int, dict[tuple[str, bool, bool | None], tuple[_Sizes, ...]]] = {
     # (kernel, half, bias or either): (block_m, block_n, num_warps, num_stages) for dims 16, 32, 64, 128, 256.
-    # On sm_90 the rows of a tile (queries, backward keys) are 16 a warp: with fewer, warp groups share rows and both
-    # compute the scores. Biases take registers for times, two a pair.
+    # The rows of a tile (queries, backward keys) are 16 a warp: with fewer, warps may share rows and both compute the
+    # scores; where that is so all the same, fewer warps spill. Biases take registers for times, two a pair.
     80: {
         ("forward", True, False): (*((128, 64, 4, 2),) * 3, (128, 64, 8, 2), (32, 32, 4, 1)),
         ("forward", True, True): (*((64, 32, 4, 2),) * 3, (32, 32, 4, 1), (32, 32, 4, 1)),
@@ -146,7 +146,7 @@ _SHIPPED: dict[int, dict[tuple[str, bool, bool | None], tuple[_Sizes, ...]]] = {
         ("forward", True, True): (*((64, 32, 4, 2),) * 3, (64, 16, 4, 1), (32, 32, 4, 1)),
         ("backward_query", True, False): (*((128, 64, 8, 2),) * 4, (128, 16, 8, 1)),
         ("backward_query", True, True): (*((64, 32, 4, 2),) * 3, (64, 16, 4, 1), (32, 32, 4, 1)),
-        ("backward", True, False): (*((64, 128, 8, 2),) * 3, (32, 128, 8, 2), (32, 16, 8, 1)),
+        ("backward", True, False): (*((64, 128, 8, 2),) * 3, (16, 128, 8, 2), (32, 16, 4, 1)),
         ("backward", True, True): (*((64, 32, 8, 1),) * 3, (32, 32, 8, 1), (32, 16, 8, 1)),
         ("forward_packed", True, False): (*((128, 128, 8, 1),) * 4, (64, 64, 4, 1)),
         ("forward_packed", True, True): ((32, 32, 4, 1),) * 5,
