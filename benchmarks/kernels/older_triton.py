@@ -3,8 +3,8 @@
     python -m benchmarks.kernels.older_triton [--version 3.6.0] [--venv .venv-older] [--out FOLDER/NAME.md]
         [--tests EXPRESSION] [compile's options ...]
 
-Makes the environment if it is not there: that Triton alone, in front of everything else that the present one holds
-(torch without CUDA asks for no Triton of its own, and one with CUDA is not told). Then, in it:
+Makes the environment if it is not there: that Triton, and a numpy that its interpreter can use, in front of everything
+else that the present one holds (torch for CPUs needs no Triton, and none of its parts that would is used). Then, in it:
 
 1. the interpreter's tests, ``tests/kernels/hstu_triton_interpreted.py``; ``--tests`` picks some, as pytest's ``-k``;
 2. ``benchmarks.kernels.compile`` with the options given, for instance ``--dims 64 128 --dtypes bfloat16``.
@@ -27,6 +27,8 @@ from gr.errors import Parser, UserError, run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "kernels"
+NUMPY = "numpy<2.4"
+"""triton 3.6.0's interpreter makes scalars of arrays with a dimension, which numpy 2.4 refuses."""
 BEHIND = "behind_the_older_triton.pth"
 
 
@@ -39,11 +41,11 @@ def make(place: Path, version: str) -> Path:
     behind = sysconfig.get_paths()["purelib"]
     (packages / BEHIND).write_text(f"import site; site.addsitedir({behind!r})\n")
     if not list(packages.glob(f"triton-{version}.dist-info")):
-        words = ["install", "-q", "--no-deps", "--no-input", "--target", str(packages), f"triton=={version}"]
+        words = ["install", "-q", "--no-deps", "--no-input", "--target", str(packages), f"triton=={version}", NUMPY]
         done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
-            raise UserError(f"--version: pip cannot install triton {version}: {last}")
+            raise UserError(f"--version: pip cannot install triton {version} and {NUMPY}: {last}")
     there = subprocess.run([python, "-c", "import triton; print(triton.__version__)"], capture_output=True, text=True)
     if there.stdout.strip() != version:
         raise UserError(f"--venv: {place} holds triton {there.stdout.strip() or 'none'}, not {version}; remove it")

@@ -191,5 +191,5 @@ def test_an_older_triton_that_is_not_there_is_one_sentence(tmp_path, monkeypatch
         return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found for triton==0.0.1")
 
     monkeypatch.setattr(older_triton.subprocess, "run", no_pip)
-    with pytest.raises(UserError, match="^--version: pip cannot install triton 0.0.1: ERROR: No matching"):
+    with pytest.raises(UserError, match="^--version: pip cannot install triton 0.0.1 and numpy<2.4: ERROR: No"):
         older_triton.make(tmp_path / "old", "0.0.1")
