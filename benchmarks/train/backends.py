@@ -1,6 +1,6 @@
 """Trains one config through several backends of HSTU attention and compares the losses, step by step.
 
-    TRITON_INTERPRET=1 python -m benchmarks.train.backends --data ml-100k.zip [--config configs/ml-100k_hstu.yaml]
+    TRITON_INTERPRET=1 python -m benchmarks.train.backends [--data ml-100k.zip] [--config configs/ml-100k_hstu.yaml]
         [--backends triton reference] [--steps 50] [--part.field value ...] [--out FOLDER/NAME.md]
 
 Every backend is compared with ``cpu``. All get the same data, first weights, batches and optimizer, in float32 and with
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--data", required=True, help="the data set's file, for instance GroupLens' ml-100k.zip")
+    parser.add_argument("--data", help="the data set's file, for instance GroupLens' ml-100k.zip")
     parser.add_argument("--config", default=str(ROOT / "configs" / "ml-100k_hstu.yaml"))
     parser.add_argument("--backends", nargs="+", choices=op.BACKENDS, default=["triton", "reference"])
     parser.add_argument("--steps", type=int, default=50)
@@ -76,7 +76,8 @@ def main(argv: list[str]) -> int:
     environment = describe(["benchmarks.train.backends", *argv])
     found = {}
     for backend in (AGAINST, *options.backends):
-        given = ["--data.path", options.data, *EXACT, "--model.encoder.backend", backend, *overrides]
+        data = ["--data.path", options.data] if options.data else []
+        given = [*data, *EXACT, "--model.encoder.backend", backend, *overrides]
         config = configs.load(RunConfig, Path(options.config), given)
         found[backend] = losses(config, backend, options.steps)
     wanted = found.pop(AGAINST)

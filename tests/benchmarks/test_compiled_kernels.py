@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernels import sass
+from benchmarks.kernels import compile as compiling
+from benchmarks.kernels import compiled, older_triton, sass
+from gr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 USAGE = " Function f:\n  REG:40 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:600 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
@@ -34,6 +36,7 @@ def test_registers_spills_and_the_loop_that_multiplies_matrices_are_read_from_di
     found = sass.parse(USAGE, CODE, num_warps=8)
     assert (found.registers, found.stack, found.spills, found.tensor) == (40, 8, 1, 1)
     assert found.instructions["MUFU"] == 2 and found.instructions["BRA"] == 3
+    assert found.instructions["MUFU.EX2"] == found.instructions["MUFU.RCP"] == 1
     # The loop at 0x40 multiplies no matrices: it belongs to the one around it.
     (loop,) = found.loops
     assert loop.total() == 7 and loop.instructions["MUFU"] == 1 and loop.instructions["FADD"] == 1
@@ -108,3 +111,85 @@ def test_launches_compile_for_a_gpu_that_is_not_there_and_spills_are_seen(tmp_pa
         "90 product 128 True False 64 1 0.0",
         "no driver again: True",
     ]
+
+
+def row(**changed) -> compiled.Row:
+    """A right row of a 16-bit forward kernel, but for what is changed."""
+    right = dict(
+        architecture=80, kernel="forward", dtype="bfloat16", dim=64, bias=False, composed=False, deterministic=False,
+        block_m=64, block_n=64, num_warps=4, num_stages=2, registers=200, stack=0, spills=0, shared=1 << 15, hgmma=0,
+        hmma=64, scored=1.0, reciprocals=0.0, failure="", source="s", triton="3.7.1",
+    )  # fmt: skip
+    return compiled.Row(**right | changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, []),
+        ({"stack": 8}, ["spills: 8 bytes"]),
+        ({"spills": 2}, ["2 LDL and STL"]),
+        ({"shared": 164 * 1024}, ["164 KiB of shared memory of 163"]),
+        ({"hmma": 0}, ["no tensor-core"]),
+        ({"scored": 2.0}, ["2 tanh or exp a score, by design 1 to 1"]),
+        ({"scored": 0.5}, ["0.5 tanh or exp"]),
+        ({"scored": None}, ["no loop of scores"]),
+        ({"reciprocals": 0.5}, ["0.50 reciprocals a score of 0.00"]),
+        ({"failure": "ptxas said no", "hmma": 0}, ["does not compile: ptxas said no"]),
+        # What divides by each query's divisor has reciprocals; exact scores have one of their own.
+        ({"kernel": "backward", "composed": True, "reciprocals": 0.5}, []),
+        ({"kernel": "backward", "composed": True, "reciprocals": 0.6}, ["0.60 reciprocals a score of 0.53"]),
+        ({"dtype": "float32", "hmma": 0, "reciprocals": 1.0}, []),
+        ({"dtype": "float32", "hmma": 0, "reciprocals": 1.5}, ["1.50 reciprocals"]),
+        # By design two warps make each score.
+        ({"kernel": "backward", "dim": 256, "bias": True, "scored": 2.0}, []),
+        (
+            {"kernel": "backward", "dim": 256, "bias": True, "scored": 2.5},
+            ["2.5 tanh or exp a score, by design 1 to 2"],
+        ),
+    ],
+)
+def test_a_kernel_is_judged_by_spills_memory_tensor_cores_and_special_functions(changed, words):
+    found = compiled.wrong(row(**changed))
+    assert len(found) == len(words) and all(word in each for word, each in zip(words, found, strict=True))
+
+
+def test_tiles_whose_scores_are_made_more_than_once_are_shipped_ones():
+    shipped = {(k.architecture, k.kernel, k.half, k.dim, k.bias) for k in compiling.triton_tiles.shipped()}
+    assert set(compiled.AGAIN) <= shipped
+
+
+def test_an_interrupted_table_is_made_to_its_end_without_what_was_made(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton", reason="needs triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    made = []
+
+    def counted(variant, **changed):
+        made.append(variant)
+        tile = compiling.triton_tiles.choose(variant.key)
+        return compiling._row(variant, tile, hmma=1, scored=1.0, reciprocals=0.0, **changed)
+
+    monkeypatch.setattr(compiling, "row", counted)
+    out = tmp_path / "table.md"
+    words = ["--arch", "80", "--kernels", "forward", "--dims", "64", "128", "--dtypes", "bfloat16", "--out", str(out)]
+    assert compiling.main([*words, "--minutes", "0"]) == 1 and not made  # nothing was reached
+    assert compiling.main(words) == 0 and len(made) == 8
+    rows = out.with_suffix(".jsonl")
+    assert len(compiled.read(rows)) == 8 and out.read_text().count("| right |") == 8
+    rows.write_text(rows.read_text()[:-20])  # the last line was cut off
+    assert compiling.main(words) == 0 and len(made) == 9
+    words[1] = "90"
+    assert compiling.main(words) == 0 and len(made) == 17 and out.read_text().count("| right |") == 16
+    monkeypatch.setattr(compiling, "source", lambda: "another")
+    monkeypatch.setattr(compiling, "row", lambda variant: counted(variant, stack=8))
+    assert compiling.main(words) == 1 and len(made) == 25 and len(compiled.read(rows)) == 8
+    assert "8 of 8 kernels, 8 of them wrong" in capsys.readouterr().out
+
+
+def test_an_older_triton_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
+    def no_pip(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found for triton==0.0.1")
+
+    monkeypatch.setattr(older_triton.subprocess, "run", no_pip)
+    with pytest.raises(UserError, match="^--version: pip cannot install triton 0.0.1 and numpy<2.4: ERROR: No"):
+        older_triton.make(tmp_path / "old", "0.0.1")
