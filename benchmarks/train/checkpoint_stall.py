@@ -1,14 +1,14 @@
 """How long training stands still for a checkpoint: in the background, at once, and against one copy in memory.
 
-    python -m benchmarks.train.checkpoint_stall [--world 2] [--gib 1] [--repeats 7] [--folder DIR]
+    python -m benchmarks.train.checkpoint_stall [--world 2] [--gib 1] [--repeats 7] [--beside] [--folder DIR]
 
 The state is that of a run: dense weights with AdamW's two moments (a fifth of it, written by rank 0) and an item table
 with row-wise sums of squares (the rest; local with ``--world 1``, else divided by rows among processes over gloo).
 ``--repeats`` times, in turn: one copy of as many bytes, flat, into memory that is there already; a save in the
 background; a save at once. Ranks begin together and the slowest counts. What was being written is on disk before each
-measurement, so that waiting for an earlier save is not in the figures. Beside them, what the background costs the
-steps: a fixed piece of arithmetic with a save in flight and without, and the memory that a process has more after its
-first save.
+measurement, so that waiting for an earlier save is not in the figures. Beside them the memory that a process has more
+after its first save and, with ``--beside``, what the background costs the steps: a piece of arithmetic with a save
+in flight and without.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Model(nn.Module):
         self.tables = make_tables(config, ctx)((TableSpec("item", rows, DIM, init_std=0.02),))
 
 
-def measure(ctx: ProcessContext, folder: Path, size: int, repeats: int) -> dict[str, Any]:
+def measure(ctx: ProcessContext, folder: Path, size: int, repeats: int, beside: bool) -> dict[str, Any]:
     """Seconds of every repeat, the slowest rank's each time."""
     config = TablesConfig(
         kind="sharded" if ctx.world > 1 else "local", optimizer=TableOptimizerConfig(kind="rowwise_adagrad")
@@ -100,10 +100,11 @@ def measure(ctx: ProcessContext, folder: Path, size: int, repeats: int) -> dict[
             background.wait()
             found["written"].append(max(all_gather_object(time.perf_counter() - begin, ctx)))
             found["at once"].append(save(at_once))
-            found["alone"].append(slowest(arithmetic))
-            save(background)
-            found["beside"].append(slowest(arithmetic))
-            background.wait()
+            if beside:
+                found["alone"].append(slowest(arithmetic))
+                save(background)
+                found["beside"].append(slowest(arithmetic))
+                background.wait()
     return found
 
 
@@ -118,11 +119,11 @@ def memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def worker(rank: int, world: int, meeting: str, folder: str, size: int, repeats: int, threads: int, box: Any) -> None:
+def worker(rank: int, world: int, box: Any, threads: int, meeting: str, *what: Any) -> None:
     torch.set_num_threads(threads)
     where = {} if world == 1 else {"init_method": f"file://{meeting}", "rank": rank, "world": world}
     with process("cpu", **where) as ctx:
-        found = measure(ctx, Path(folder), size, repeats)
+        found = measure(ctx, *what)
         if ctx.is_main:
             box.put(found)
 
@@ -138,18 +139,17 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--beside", action="store_true", help="also time arithmetic with a save in flight and without")
     parser.add_argument("--folder", help="where checkpoints go; the system's temporary folder by default")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         context = mp.get_context("spawn")
         box = context.SimpleQueue()
-        words = (args.world, f"{folder}/meeting", f"{folder}/checkpoints", int(args.gib * GIB), args.repeats)
-        mp.spawn(worker, (*words, args.threads, box), nprocs=args.world)
+        what = (Path(folder) / "checkpoints", int(args.gib * GIB), args.repeats, args.beside)
+        mp.spawn(worker, (args.world, box, args.threads, f"{folder}/meeting", *what), nprocs=args.world)
         found = box.get()
         shutil.rmtree(f"{folder}/checkpoints")
-    copy, stall, sync, alone, beside = (
-        statistics.median(found[name]) for name in ("copy", "background", "at once", "alone", "beside")
-    )
+    copy, stall, sync = (statistics.median(found[name]) for name in ("copy", "background", "at once"))
     rows = [
         ("state", f"{sum(found['bytes']) / GIB:.2f} GiB, of which the processes copy "
          + " and ".join(f"{size / GIB:.2f}" for size in found["bytes"])),
@@ -160,12 +160,12 @@ def main() -> None:
         ("stall over one copy", f"{stall / copy:.2f} (<= 1.2 wanted)"),
         ("stall over a save at once", f"{stall / sync:.1%} (<= 25 % wanted)"),
         ("until a background save is on disk", told(found["written"])),
-        ("arithmetic alone, and beside a save", f"{told(found['alone'])}, {told(found['beside'])}: "
-         f"{beside / alone:.2f} times as long"),
         ("memory more after the first save", " and ".join(f"{size / GIB:.2f} GiB" for size in found["memory"])),
     ]  # fmt: skip
+    if args.beside:
+        rows.append(("arithmetic alone, and beside a save", f"{told(found['alone'])}, {told(found['beside'])}"))
     command = f"python -m benchmarks.train.checkpoint_stall --world {args.world} --gib {args.gib:g} "
-    command += f"--repeats {args.repeats} --threads {args.threads}"
+    command += f"--repeats {args.repeats} --threads {args.threads}{' --beside' if args.beside else ''}"
     path = write_result(f"checkpoint_stall_{args.world}_ranks", command, rows)
     print(path.read_text())
 
