@@ -56,6 +56,7 @@ setup(
             "gr-train=gr.train:cli",
             "gr-evaluate=gr.evaluate:cli",
             "gr-compare=gr.compare:cli",
+            "gr-replay=gr.replay:cli",
             "gr-recommend=gr.inference.cli:cli",
             "gr-launch=gr.launch.cli:cli",
             "gr-plan=gr.launch.plan:cli",

@@ -33,9 +33,9 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.samples < 100:
         raise UserError(f"--samples is {args.samples}; it must be at least 100")
+    from gr.files import write_json
     from gr.recipes.comparison import compare_runs
     from gr.recipes.summary import print_comparison
-    from gr.training.checkpoint import write_json
 
     found = compare_runs(args.a, args.b, args.metric, args.slices, args.samples, args.cache)
     print_comparison(found)

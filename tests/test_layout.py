@@ -25,7 +25,7 @@ EVERYWHERE = ("gr", "kernels", "launch", "tests", "benchmarks")
 # A part imports only parts of an earlier row; parts of one row do not import each other.
 ARROW = (
     ("errors", "kernels"),
-    ("config", "flops"),
+    ("config", "files", "flops"),
     ("data",),
     ("embedding", "modules", "losses"),
     ("models",),
@@ -34,7 +34,7 @@ ARROW = (
     ("training",),
     ("inference", "report"),
     ("recipes",),
-    ("train", "evaluate", "compare"),
+    ("train", "evaluate", "compare", "replay"),
     ("prepare",),
     ("launch",),
     ("scaling",),

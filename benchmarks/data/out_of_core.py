@@ -76,7 +76,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "repairs": manifest["repairs"],
         "content_hash": manifest["content_hash"],
         **parts,
-        "includes": "hashing the input, as gr-prepare does, and starting Python; read: all events in memory at the end",
+        "includes": "hashing the input, as gr-prepare does, and starting Python; read: users and items stay in memory",
         "environment": {**describe(), "command": "benchmarks.data.out_of_core " + _command(a)},
     }
 

@@ -1,7 +1,7 @@
 """Compiles every shipped tile of HSTU attention ahead of time and looks at the machine code: no GPU, no driver.
 
     python -m benchmarks.kernels.compile [--arch 80 90] [--kernels forward ...] [--dims 64 128 ...]
-        [--dtypes bfloat16 ...] [--out FOLDER/NAME.md]
+        [--dtypes bfloat16 ...] [--out FOLDER/NAME.md] [--minutes 20]
 
 For each tile of ``triton_tiles.shipped()`` the backend's own launcher is called with a stand-in driver, and triton
 compiles what it would launch: in bfloat16 causal and with a composed mask, targets' ids for positions, float64 or
@@ -9,36 +9,39 @@ compiles what it would launch: in bfloat16 causal and with a composed mask, targ
 
 - registers, stack, spills (LDL and STL), shared memory beside what the architecture has;
 - tensor-core instructions (HGMMA of a warp group on sm_90, HMMA of a warp), which every 16-bit kernel must have;
-- MUFU (exp, tanh, reciprocal) a score, of the loop over whole tiles or of a packed kernel: by design one in 16-bit
-  kernels, and a fraction for the reciprocals of divisors. Two say that two groups of warps compute the same scores.
+- special-function instructions a score, of the loop over whole tiles or of a packed kernel: tanh (float32: exp), and
+  reciprocals, beside what they are by design (:func:`benchmarks.kernels.compiled.designed`).
 
-Exit status 1 if a kernel spills, needs more shared memory than there is, or lacks tensor cores. ``--out`` writes the
-table, and the rows beside it as JSON lines.
+Exit status 1 if a kernel spills, needs more shared memory than there is, lacks tensor cores, has other counts of
+special-function instructions than designed, or was not reached in ``--minutes``. ``--out`` writes the table, and beside
+it each row as soon as it is made, as JSON lines. Another run with the same ``--out`` makes what is missing and keeps
+the rows of other choices of options, as long as the kernels' source, the tile and triton are the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
+import time
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks.kernels import sass
+from benchmarks.kernels import compiled, sass
 from benchmarks.kernels.aot import Compiled, recording
+from benchmarks.kernels.compiled import Row
 from gr.errors import Parser, UserError, run_cli
 from gr.kernels.hstu_attention import triton_tiles
-from gr.kernels.hstu_attention.triton_tiles import Key, Tile
-from gr.kernels.hstu_attention.types import Mask, RelativeBias
+from gr.kernels.hstu_attention.triton_tiles import ARCHITECTURES, Key, Tile
+from gr.kernels.hstu_attention.types import Arguments, Mask, RelativeBias
 
-SHARED_KIB = {80: 163, 90: 227}
-"""Shared memory that one program may have (CUDA C++ Programming Guide, technical specifications)."""
 FUNCTIONS = {
     "forward": "query_kernel",
     "backward_query": "query_kernel",
@@ -46,7 +49,8 @@ FUNCTIONS = {
     "forward_packed": "packed_kernel",
     "backward_packed": "packed_kernel",
 }
-LONGEST, LENGTHS, HEADS, THREADS = 4096, (300, 1, 77), 4, 32
+LONGEST, LENGTHS, HEADS = 4096, (300, 1, 77), 4
+SOURCES = ("triton_kernels.py", "triton_launch.py", "triton_packed.py", "triton_scores.py")
 
 
 @dataclass(frozen=True)
@@ -59,32 +63,6 @@ class Variant:
     dtype: str
     composed: bool = False
     deterministic: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kernel as compiled; ``mufu`` is a score's, None where the loop was not found."""
-
-    architecture: int
-    kernel: str
-    dtype: str
-    dim: int
-    bias: bool
-    composed: bool
-    deterministic: bool
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    hgmma: int
-    hmma: int
-    mufu: float | None
-    seconds: float
-    wrong: tuple[str, ...]
 
 
 def variants(architecture: int) -> list[Variant]:
@@ -104,15 +82,22 @@ def variants(architecture: int) -> list[Variant]:
     return found
 
 
+@cache
+def source() -> str:
+    """Hash of all that is compiled, tiles apart."""
+    folder = Path(triton_tiles.__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
+
+
 def check(key: Key, tile: Tile) -> list[str]:
-    """What is wrong with a tile for the plain causal call of a key; triton keeps the machine code for the launch."""
+    """What forbids a tile for the plain causal call of a key; triton keeps the machine code for the launch."""
     with triton_tiles.forced(key.kernel, tile):
-        return list(row(Variant(key, "bfloat16" if key.half else "float32")).wrong)
+        return compiled.faults(row(Variant(key, "bfloat16" if key.half else "float32")))
 
 
 def row(variant: Variant) -> Row:
-    """Compiles one variant; a compiler's refusal is a wrong row."""
-    key, tile, failure, found = variant.key, triton_tiles.choose(variant.key), "", []
+    """Compiles one variant; a compiler's refusal is a row, too."""
+    key, tile, found = variant.key, triton_tiles.choose(variant.key), []
     try:
         with (
             mock.patch.object(triton_tiles, "architecture", lambda device: key.architecture),
@@ -121,45 +106,41 @@ def row(variant: Variant) -> Row:
             launch(variant)
     except Exception as error:  # triton and ptxas refuse in many classes of exceptions
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        failure = f"does not compile: {type(error).__name__}: {lines[-1][:200] if lines else ''}"
-    compiled = [each for each in found if each.name == FUNCTIONS[key.kernel]]
-    if failure:
-        return _row(variant, tile, 0.0, (failure,))
-    assert len(compiled) == 1, f"{variant} launched {[each.name for each in found]}"
-    return _told(variant, tile, compiled[0])
+        return _row(variant, tile, failure=f"{type(error).__name__}: {lines[-1][:200] if lines else ''}")
+    own = [each for each in found if each.name == FUNCTIONS[key.kernel]]
+    assert len(own) == 1, f"{variant} launched {[each.name for each in found]}"
+    return _counted(variant, tile, own[0])
 
 
-def _told(variant: Variant, tile: Tile, compiled: Compiled) -> Row:
-    key, usage = variant.key, sass.read(compiled.cubin, compiled.num_warps)
+def _counted(variant: Variant, tile: Tile, code: Compiled) -> Row:
+    key, usage = variant.key, sass.read(code.cubin, code.num_warps)
     # Two loops: over whole tiles, and over those that the mask cuts; the first has fewer instructions.
-    whole = min((loop.instructions for loop in usage.loops), key=lambda each: each.total(), default=None)
+    loops = [loop for loop in usage.loops if loop.instructions["MUFU"] and (loop.multiply_adds or not key.half)]
+    whole = min((loop.instructions for loop in loops), key=lambda each: each.total(), default=None)
     if key.kernel.endswith("_packed"):
         whole = usage.instructions
-    mufu = None
+    scored = reciprocals = None
     if whole is not None:
-        mufu = whole["MUFU"] * THREADS * compiled.num_warps / (tile.block_m * tile.block_n)
-    wrong = []
-    if usage.stack or usage.spills:
-        wrong.append(f"spills: {usage.stack} bytes of stack, {usage.spills} LDL and STL")
-    if compiled.shared > SHARED_KIB[key.architecture] * 1024:
-        wrong.append(f"{compiled.shared / 1024:.0f} KiB of shared memory of {SHARED_KIB[key.architecture]}")
-    if key.half and not usage.tensor:
-        wrong.append("no tensor-core instruction")
-    return _row(variant, tile, compiled.seconds, tuple(wrong), usage, compiled.shared, mufu)
+        share = compiled.THREADS * code.num_warps / (tile.block_m * tile.block_n)
+        function = whole["MUFU.TANH" if key.half else "MUFU.EX2"]
+        scored, reciprocals = function * share, (whole["MUFU"] - function) * share
+    counts = usage.instructions
+    return _row(
+        variant, tile, registers=usage.registers, stack=usage.stack, spills=usage.spills, shared=code.shared,
+        hgmma=counts["HGMMA"], hmma=counts["HMMA"], scored=scored, reciprocals=reciprocals,
+    )  # fmt: skip
 
 
-def _row(
-    variant: Variant, tile: Tile, seconds: float, wrong: tuple[str, ...],
-    usage: sass.Usage | None = None, shared: int = 0, mufu: float | None = None,
-) -> Row:  # fmt: skip
+def _row(variant: Variant, tile: Tile, **counted: Any) -> Row:
+    import triton
+
     key = variant.key
-    counts = usage.instructions if usage else {}
+    nothing = dict.fromkeys(("registers", "stack", "spills", "shared", "hgmma", "hmma"), 0)
     return Row(
         architecture=key.architecture, kernel=key.kernel, dtype=variant.dtype, dim=key.dim, bias=key.bias,
         composed=variant.composed, deterministic=variant.deterministic, **asdict(tile),
-        registers=usage.registers if usage else 0, stack=usage.stack if usage else 0,
-        spills=usage.spills if usage else 0, shared=shared, hgmma=counts.get("HGMMA", 0), hmma=counts.get("HMMA", 0),
-        mufu=mufu, seconds=round(seconds, 2), wrong=wrong,
+        **nothing | {"scored": None, "reciprocals": None, "failure": ""} | counted,
+        source=source(), triton=triton.__version__,
     )  # fmt: skip
 
 
@@ -185,9 +166,12 @@ def launch(variant: Variant) -> None:
     if variant.composed:
         counts = {"num_contextual": torch.tensor([1, 0, 1]), "num_targets": torch.tensor([1, 0, 1])}
         mask, divisor = Mask(window=512, full_tail=128, **counts), torch.ones(tokens, 1)
-    rest = {"max_seq_len": longest, "divisor": divisor, "alpha": 0.125, "mask": mask, "bias": table}
+    arguments = Arguments(
+        q=q, k=k, v=v, q_offsets=offsets, max_seq_len=longest, divisor=divisor, alpha=0.125, mask=mask, bias=table,
+        deterministic=variant.deterministic,
+    )  # fmt: skip
     if key.kernel.startswith("forward"):
-        triton_launch.forward(q, k, v, offsets, None, **rest)
+        triton_launch.forward(arguments)
         return
     direct = triton_tiles.keys_of
 
@@ -198,26 +182,7 @@ def launch(variant: Variant) -> None:
         return tuple(each for each in found if each.kernel == key.kernel)
 
     with mock.patch.object(triton_tiles, "keys_of", keys_of):
-        triton_launch.backward(grad, q, k, v, offsets, None, deterministic=variant.deterministic, **rest)
-
-
-def table(found: Sequence[Row]) -> str:
-    """Markdown."""
-    columns = (
-        "sm", "kernel", "dtype", "dim", "bias", "mask", "sums", "tile", "warps", "stages", "registers", "stack",
-        "LDL+STL", "shared KiB", "HGMMA", "HMMA", "MUFU a score", "verdict",
-    )  # fmt: skip
-    text = "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns) + "\n"
-    for each in found:
-        cells = (
-            each.architecture, each.kernel, each.dtype, each.dim, "yes" if each.bias else "",
-            "composed" if each.composed else "causal", "integers" if each.deterministic else "",
-            f"{each.block_m}x{each.block_n}", each.num_warps, each.num_stages, each.registers, each.stack, each.spills,
-            f"{each.shared / 1024:.0f}", each.hgmma, each.hmma, "" if each.mufu is None else f"{each.mufu:.2f}",
-            "; ".join(each.wrong) or "right",
-        )  # fmt: skip
-        text += "| " + " | ".join(map(str, cells)) + " |\n"
-    return text
+        triton_launch.backward(grad, arguments)
 
 
 def main(argv: list[str]) -> int:
@@ -227,12 +192,13 @@ def main(argv: list[str]) -> int:
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_KIB, default=list(SHARED_KIB))
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--kernels", nargs="+", choices=FUNCTIONS, default=list(FUNCTIONS))
     parser.add_argument("--dims", type=int, nargs="+", choices=triton_tiles.DIMS, default=list(triton_tiles.DIMS))
     words = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtypes", nargs="+", choices=words, default=list(words))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="a Markdown file; rows that lie beside it are kept")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no further kernel is begun after these")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UserError("TRITON_INTERPRET is set; unset it, for an interpreted kernel cannot be compiled")
@@ -241,26 +207,42 @@ def main(argv: list[str]) -> int:
     from gr.training.environment import describe
 
     environment = describe(["benchmarks.kernels.compile", *argv])
-    some = [each for arch in options.arch for each in variants(arch)]
+    every = [each for arch in ARCHITECTURES for each in variants(arch)]
+    some = [each for each in every if each.key.architecture in options.arch and each.dtype in options.dtypes]
     some = [each for each in some if each.key.kernel in options.kernels and each.key.dim in options.dims]
-    some = [each for each in some if each.dtype in options.dtypes]
-    found = []
-    for number, variant in enumerate(some):
-        found.append(each := row(variant))
-        print(f"{number + 1}/{len(some)} {table([each]).splitlines()[-1]}", flush=True)
-    bad = sum(1 for each in found if each.wrong)
+    begun, rows_file, made = time.monotonic(), None, {}
     if options.out:
+        rows_file = options.out.with_suffix(".jsonl")
+        made = {each.what: each for each in compiled.read(rows_file)}
+        compiled.write(rows_file, made.values())
+    for number, variant in enumerate(some):
+        what = _row(variant, triton_tiles.choose(variant.key)).what
+        if what in made or time.monotonic() - begun > 60 * options.minutes:
+            continue
+        made[what] = row(variant)
+        if rows_file:
+            with rows_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(made[what])) + "\n")
+        print(f"{number + 1}/{len(some)} {compiled.table([made[what]]).splitlines()[-1]}", flush=True)
+    asked, found = (
+        [made[what] for each in rows if (what := _row(each, triton_tiles.choose(each.key)).what) in made]
+        for rows in (some, every)
+    )
+    if rows_file:
+        compiled.write(rows_file, found)
         heading = (
             f"# HSTU attention compiled ahead of time\n\n`{environment['command']}`  \ncommit "
-            f"{environment.get('git_commit', 'unknown')}, triton {environment.get('triton')}, torch "
-            f"{environment['torch']}. {len(found)} kernels, {bad} of them wrong. Counts of machine code, nothing was "
-            "run.\n\n"
+            f"{environment.get('git_commit', 'unknown')}, kernels' source {source()}, triton "
+            f"{environment.get('triton')}, torch {environment['torch']}. {_told(found, len(every))}. Counts of machine "
+            "code, nothing was run.\n\n"
         )
-        options.out.write_text(heading + table(found), encoding="utf-8")
-        lines = "".join(json.dumps(asdict(each)) + "\n" for each in found)
-        options.out.with_suffix(".jsonl").write_text(lines, encoding="utf-8")
-    print(f"{len(found)} kernels, {bad} wrong")
-    return 1 if bad else 0
+        options.out.write_text(heading + compiled.table(found), encoding="utf-8")
+    print(_told(asked, len(some)))
+    return 1 if any(compiled.wrong(each) for each in asked) or len(asked) < len(some) else 0
+
+
+def _told(found: list[Row], wanted: int) -> str:
+    return f"{len(found)} of {wanted} kernels, {sum(1 for each in found if compiled.wrong(each))} of them wrong"
 
 
 if __name__ == "__main__":

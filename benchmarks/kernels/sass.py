@@ -23,10 +23,11 @@ _WARP_SHAPES = {"1688": 16 * 8 * 8, "16816": 16 * 8 * 16, "1684": 16 * 8 * 4, "8
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop that multiplies matrices and holds no other loop that does.
+    """A loop with tensor-core or special-function instructions that holds no other such loop.
 
     Attributes:
-        instructions: Of one trip, by the first word of their name; a small loop inside counts as one trip of its own.
+        instructions: Of one trip, by the first word of their name, and special functions by name, "MUFU.TANH" for
+            instance, too; a small loop inside counts as one trip of its own.
         multiply_adds: By tensor cores in one trip of a whole program.
     """
 
@@ -35,7 +36,7 @@ class Loop:
 
     def total(self) -> int:
         """Instructions of one trip that a warp issues."""
-        return self.instructions.total()
+        return sum(count for name, count in self.instructions.items() if "." not in name)
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Usage:
         registers: Of a thread.
         stack: Bytes of a thread; more than 0 is a spill or an array that is no register.
         spills: LDL and STL instructions.
-        instructions: Of the whole kernel, by the first word of their name.
-        loops: Loops with tensor-core instructions, in their order.
+        instructions: Of the whole kernel, as a loop's.
+        loops: Innermost loops with tensor-core or special-function instructions, in their order.
     """
 
     registers: int
@@ -88,16 +89,22 @@ def parse(usage: str, code: str, num_warps: int) -> Usage:
     assert resources, f"cuobjdump says nothing of registers: {usage!r}"
     lines = [(int(m[1], 16), m[2], m[3]) for m in _INSTRUCTION.finditer(code)]
     assert lines, "cuobjdump shows no instructions"
-    names = Counter(name.split(".")[0] for _, name, _ in lines)
+    names = _counts([name for _, name, _ in lines])
     found = {}
     for first, last in _loops(lines):
         body = [name for address, name, _ in lines if first <= address <= last]
         products = sum(multiply_adds(name, num_warps) for name in body)
-        if products:
-            found[first, last] = Loop(Counter(name.split(".")[0] for name in body), products)
+        words = _counts(body)
+        if products or words["MUFU"]:
+            found[first, last] = Loop(words, products)
     loops = [found[place] for place in _innermost(list(found))]
     registers, stack = int(resources[1]), int(resources[2])
     return Usage(registers, stack, names["LDL"] + names["STL"], names, tuple(loops))
+
+
+def _counts(names: list[str]) -> Counter[str]:
+    special = Counter(".".join(name.split(".")[:2]) for name in names if name.startswith("MUFU"))
+    return Counter(name.split(".")[0] for name in names) + special
 
 
 def multiply_adds(name: str, num_warps: int) -> int:

@@ -123,7 +123,10 @@ TESTS = (
         (named(groups, one), named(groups, other))
         for groups in (ML100K, ML100K_TEMPORAL)
         for one, other in (
-            ("HSTU", "HSTU without time bias"), ("HSTU", "SASRec"), ("HSTU", "ItemKNN"), ("SASRec", "ItemKNN")
+            ("HSTU", "HSTU without time bias"),
+            ("HSTU", "SASRec"),
+            ("HSTU", "ItemKNN"),
+            ("SASRec", "ItemKNN"),
         )
     ),  # fmt: skip
 )

@@ -29,6 +29,7 @@ from urllib.parse import unquote, urlsplit
 from gr import __version__
 from gr.data.progress import progress
 from gr.errors import UserError
+from gr.files import replacing
 
 try:
     import fcntl
@@ -302,9 +303,8 @@ def _write_state(part: Path, state: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

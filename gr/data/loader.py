@@ -32,10 +32,12 @@ from gr.data.store import EventStore
 from gr.errors import UserError
 
 _SHUFFLE = 0x73687566
-# Query-key pairs that cost as much as one token. Linear layers take about 5 D^2 multiply-adds a token and
-# attention 2 D a pair, a ratio of 2.5 D: 128 for D = 50. Ranks need only be alike, so one number does for
-# every width.
-PAIRS_PER_TOKEN = 128
+# Query-key pairs that cost as much as one token. Matrix products alone say 2.5 D (linear layers take about 5 D^2
+# multiply-adds a token, attention 2 D a pair): 160 at width 64, 2560 at 1024. But the rest done to a token waits for
+# memory: on a CPU 730 were measured at width 64 (benchmarks.train.balance). Ranks need only be alike, so one number
+# does for all: dealt by 1024, the dearest rank of Zipf and of uniform lengths is within 2 % of what the true number
+# would give, be that 64 or 5000.
+PAIRS_PER_TOKEN = 1024
 EPOCH_STRIDE = 1 << 32
 
 
@@ -128,8 +130,7 @@ class TrainLoader:
             step: Keys the negatives; ``None`` numbers the batch by (epoch, index).
         """
         everyone = self.plan(epoch)[index]
-        users = deal(self.costs(everyone), self.world)[self.rank]
-        batch = training_batch(self.store, self.split, self.layout, everyone[users])
+        batch = training_batch(self.store, self.split, self.layout, everyone[self.share(everyone)[self.rank]])
         if self.sampler is None:
             return batch
         key = epoch * EPOCH_STRIDE + index if step is None else step
@@ -139,10 +140,14 @@ class TrainLoader:
 
         return batch.replace(negatives=self.sampler(batch, self.seed, key, global_labels))
 
+    def share(self, users: np.ndarray) -> list[np.ndarray]:
+        """Who of a global batch's users each rank takes: index arrays into them, alike in cost."""
+        return deal(self.costs(users), self.world)
+
     def costs(self, users: np.ndarray) -> np.ndarray:
         """(n,) int64 cost of each user's row: causal pairs plus ``PAIRS_PER_TOKEN`` for each token."""
         tokens = self._tokens(users)
-        return tokens * (tokens + 1) // 2 + PAIRS_PER_TOKEN * tokens
+        return predicted_cost(tokens, tokens * (tokens + 1) // 2)
 
     def _tokens(self, users: np.ndarray) -> np.ndarray:
         start, stop = training_ranges(self.split, self.layout, users)
@@ -164,6 +169,11 @@ class TrainLoader:
         if stops and total - stops[-1] < self.world:
             stops.pop()
         return [*stops, total]
+
+
+def predicted_cost(tokens, pairs):
+    """Cost of a training step, in pairs: integers, or arrays of them."""
+    return pairs + PAIRS_PER_TOKEN * tokens
 
 
 def deal(costs: np.ndarray, world: int) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ the past by then).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,10 @@ import numpy as np
 from gr import config as configs
 from gr.data.store import EventStore
 from gr.errors import UserError
+
+BLOCK_EVENTS = 1 << 20
+"""Events that a pass over a log looks at together: some 30 MiB."""
+BINS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -129,17 +134,41 @@ def make_split(config: Any, store: EventStore) -> Split:
     return split
 
 
-def training_events(store: EventStore, split: Split) -> np.ndarray:
-    """(E,) bool, which events of the store may be fitted on."""
-    place = np.arange(store.num_events) - np.repeat(store.offsets[:-1], store.lengths)
-    return place < np.repeat(split.train_stop, store.lengths)
+def user_blocks(store: EventStore, at_least: int = 0) -> Iterator[tuple[int, int]]:
+    """(first, end) users whose events are looked at together, for passes over logs larger than memory.
+
+    Args:
+        store: The log.
+        at_least: Events of a block, where ``BLOCK_EVENTS`` are fewer; a single user may have more.
+    """
+    first, most = 0, max(BLOCK_EVENTS, at_least)
+    while first < store.num_users:
+        room = int(np.searchsorted(store.offsets, store.offsets[first] + most, side="right")) - 1
+        end = max(first + 1, room)
+        yield first, end
+        first = end
+
+
+def training_events(store: EventStore, split: Split, first: int = 0, end: int | None = None) -> np.ndarray:
+    """(events,) bool, which events of users first..end-1 (``None``: to the last) may be fitted on."""
+    users = slice(first, end)
+    stop, lengths = split.train_stop[users], np.diff(store.offsets[first : None if end is None else end + 1])
+    parts = np.stack([stop, lengths - stop], axis=1).ravel()
+    return np.repeat(np.tile([True, False], stop.size), parts)
+
+
+def training_items(store: EventStore, split: Split, first: int, end: int) -> np.ndarray:
+    """(n,) int64 items of the training events of users first..end-1, one user after another."""
+    events = slice(store.offsets[first], store.offsets[end])
+    return store.columns["item_id"][events][training_events(store, split, first, end)]
 
 
 def training_counts(store: EventStore, split: Split) -> np.ndarray:
     """(V,) int64 training events of each item."""
-    return np.bincount(store.columns["item_id"][training_events(store, split)], minlength=store.num_items).astype(
-        np.int64
-    )
+    counts = np.zeros(store.num_items, np.int64)
+    for first, end in user_blocks(store, store.num_items):
+        counts += np.bincount(training_items(store, split, first, end), minlength=store.num_items)
+    return counts
 
 
 def leave_one_out(config: LeaveOneOutConfig, store: EventStore) -> Split:
@@ -167,10 +196,9 @@ def temporal(config: TemporalConfig, store: EventStore) -> Split:
     times = store.columns["timestamp"]
     valid_time, test_time = config.valid_time, config.test_time
     if valid_time is None:
-        ordered = np.sort(times)
-        test_time = int(ordered[min(int(times.size * (1 - config.test_fraction)), times.size - 1)])
+        test_time = ordered(times, min(int(times.size * (1 - config.test_fraction)), times.size - 1))
         share = 1 - config.test_fraction - config.valid_fraction
-        valid_time = int(ordered[int(times.size * share)]) if config.valid_fraction else test_time
+        valid_time = ordered(times, int(times.size * share)) if config.valid_fraction else test_time
     stop, test_start = _before(store, valid_time), _before(store, test_time)
     lengths = store.lengths
     valid_user = np.flatnonzero((stop >= 1) & (stop < test_start))
@@ -179,10 +207,32 @@ def temporal(config: TemporalConfig, store: EventStore) -> Split:
     return Split(stop, valid, Targets(test_user, test_start[test_user]), config.kind)
 
 
+def ordered(values: np.ndarray, place: int) -> int:
+    """``np.sort(values)[place]`` of (n,) int64, by counting in passes over blocks: no copy, and no slower."""
+    blocks = [values[lo : lo + BLOCK_EVENTS] for lo in range(0, values.size, BLOCK_EVENTS)]
+    low, high = min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)
+    while low < high:
+        width = (high - low) // BINS + 1
+        counts = np.zeros(BINS, np.int64)
+        for block in blocks:
+            inside = block[(block >= low) & (block <= high)]
+            counts += np.bincount((inside - low) // width, minlength=BINS)
+        running = np.cumsum(counts)
+        bin_ = int(np.searchsorted(running, place, side="right"))
+        place -= int(running[bin_] - counts[bin_])
+        low, high = low + bin_ * width, min(high, low + (bin_ + 1) * width - 1)
+    return low
+
+
 def _before(store: EventStore, time: int) -> np.ndarray:
     """(U,) events of each user earlier than ``time``; times ascend within a user."""
-    running = np.concatenate([np.zeros(1, np.int64), np.cumsum(store.columns["timestamp"] < time, dtype=np.int64)])
-    return running[store.offsets[1:]] - running[store.offsets[:-1]]
+    found = np.empty(store.num_users, np.int64)
+    for first, end in user_blocks(store):
+        offsets = store.offsets[first : end + 1]
+        earlier = store.columns["timestamp"][offsets[0] : offsets[-1]] < time
+        running = np.concatenate([np.zeros(1, np.int64), np.cumsum(earlier, dtype=np.int64)])
+        found[first:end] = np.diff(running[offsets - offsets[0]])
+    return found
 
 
 def _name(store: EventStore) -> str:

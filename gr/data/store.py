@@ -3,9 +3,14 @@
 ::
 
     folder/
-      shard-00000.parquet   one row a user: user_id, item_id list<int64>, timestamp list<int64>, ...
-      items.parquet         one row an item, in dense order: item_id (original), title, ...
-      manifest.json         counts, content hash, repairs, caveats; written last
+      item_id.npy, ...   one file a column: (E,) int64, the users one after another
+      users.parquet      one row a user: user_id (original), events (how many)
+      items.parquet      one row an item, in dense order: item_id (original), title, ...
+      manifest.json      counts, checksums, content hash, repairs, caveats; written last
+
+The columns are mapped, not read: what is not looked at costs no memory, and what was lies in the page cache, which
+the system takes back when it needs it and all processes of a machine share. So a log may be larger than memory, and a
+rank reads the events of its own users. In memory stand 8 bytes a user and its original id.
 
 The folder is written under another name and renamed, so a folder under its final name is whole.
 """
@@ -14,10 +19,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +36,12 @@ import pyarrow.parquet as pq
 
 from gr.errors import UserError
 
-FORMAT = 2
-SHARD_USERS = 50_000
+FORMAT = 3
 NO_TIMES = "no times: only the order of the events is known"
 EVENT_COLUMNS = ("item_id", "timestamp", "action")
+_READ_BYTES = 1 << 20
+# Page checksums turn silent bit rot into an error when read.
+PARQUET = {"compression": "zstd", "write_page_checksum": True}
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,8 @@ class EventStore:
     Attributes:
         offsets: (U+1,) int64, starts of the users in ``columns``.
         columns: (E,) int64: ``item_id`` 0..V-1; ``timestamp`` seconds, non-decreasing within a user, absent
-            if the log has no times; ``action`` 0..A-1, absent if it has no actions.
+            if the log has no times; ``action`` 0..A-1, absent if it has no actions. Of a store on disk they are mapped
+            and cannot be written to.
         num_items: V.
         num_actions: A, 0 without actions.
         manifest: ``counts``, ``content_hash``, ``caveats`` (list of sentences), ``repairs`` (name -> count),
@@ -110,7 +121,7 @@ def write_store(folder: str | Path, chunks: Iterable[Chunk], items: pa.Table, ma
 
     Args:
         folder: Final name; its parent is made if missing. An existing store there is replaced.
-        chunks: Users in their final order, ``SHARD_USERS`` or fewer of them at a time to keep memory small.
+        chunks: Users in their final order, some thousands at a time: each chunk is a row group of ``users.parquet``.
         items: V rows in dense order with ``item_id`` and ``title``.
         manifest: ``source`` (text) and, optionally, ``caveats``, ``repairs``, ``num_actions``, and whatever
             else the source wants to keep. Counts and hash are added here.
@@ -141,7 +152,7 @@ def write_store(folder: str | Path, chunks: Iterable[Chunk], items: pa.Table, ma
 
 
 def read_store(folder: str | Path) -> EventStore:
-    """Reads a store into memory.
+    """Opens a store. Every byte is read once, to be compared with its checksum, but only users and items are kept.
 
     Raises:
         UserError: The folder is missing, incomplete, truncated, corrupt or of another format.
@@ -155,36 +166,27 @@ def read_store(folder: str | Path) -> EventStore:
                 f"prepared data {folder} has format {manifest['format']}, this version reads {FORMAT}{again}"
             )
         items = _read_parquet(folder / "items.parquet", manifest["counts"]["items"], again)
-        names = manifest["columns"]
         counts = manifest["counts"]
-        offsets, user_ids = [np.zeros(1, np.int64)], []
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        for shard in manifest["shards"]:
-            table = _read_parquet(folder / shard["file"], shard["users"], again)
-            for name in names:
-                lists = table.column(name).combine_chunks()
-                parts[name].append(lists.flatten().to_numpy())
-            offsets.append(offsets[-1][-1] + np.cumsum(np.diff(lists.offsets.to_numpy()), dtype=np.int64))
-            user_ids += table.column("user_id").chunks
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        users = _read_parquet(folder / "users.parquet", counts["users"], again)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(users["events"].to_numpy(), dtype=np.int64)])
+        columns = {}
+        for name, checksum in manifest["columns"].items():
+            columns[name] = _mapped(folder / f"{name}.npy", counts["events"], checksum, again)
+        store = EventStore(
+            offsets=offsets,
+            columns=columns,
+            num_items=items.num_rows,
+            num_actions=int(manifest["num_actions"]),
+            manifest=manifest,
+            user_ids=users["user_id"].combine_chunks(),
+            items=items,
+            folder=folder,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"prepared data {folder} is incomplete: {' '.join(str(error).split())}{again}") from None
-    columns = {}
-    for name in names:  # each column's parts are let go once joined, so that no more than one stands twice
-        columns[name] = np.concatenate(parts.pop(name) or [np.zeros(0, np.int64)])
-    store = EventStore(
-        offsets=np.concatenate(offsets),
-        columns=columns,
-        num_items=items.num_rows,
-        num_actions=int(manifest["num_actions"]),
-        manifest=manifest,
-        user_ids=pa.concat_arrays(user_ids),
-        items=items,
-        folder=folder,
-    )
-    ids = store.columns["item_id"]
-    if store.num_events != counts["events"] or (ids.size and not 0 <= ids.min() <= ids.max() < store.num_items):
+    if store.num_events != counts["events"] or "item_id" not in columns:
         raise UserError(f"prepared data {folder} does not agree with its manifest{again}")
     return store
 
@@ -232,33 +234,39 @@ def memory_store(
 
 
 def _write_into(staging: Path, chunks: Iterable[Chunk], items: pa.Table, manifest: dict[str, Any]) -> dict[str, Any]:
-    hashes: dict[str, Any] = {}  # one running hash a column, so that the cutting into shards does not matter
-    shards, users, events, names = [], 0, 0, None
-    for chunk in _cut(chunks):
-        names = names or [n for n in EVENT_COLUMNS if n in chunk.columns]
-        assert set(names) == set(chunk.columns) and "item_id" in names, f"columns {sorted(chunk.columns)}"
-        assert len(chunk.user_ids) == chunk.offsets.size - 1 and chunk.offsets[0] == 0
-        columns: dict[str, pa.Array] = {"user_id": chunk.user_ids}
-        offsets = pa.array(chunk.offsets, pa.int32())
-        for name in names:
-            values = np.ascontiguousarray(chunk.columns[name], np.int64)
-            assert values.size == chunk.offsets[-1], f"column {name}"
-            columns[name] = pa.ListArray.from_arrays(offsets, pa.array(values))
-            hashes.setdefault(name, hashlib.sha256()).update(values.tobytes())
-        hashes.setdefault("lengths", hashlib.sha256()).update(np.diff(chunk.offsets).astype(np.int64).tobytes())
-        hashes.setdefault("user_id", hashlib.sha256()).update(
-            "\n".join(map(str, chunk.user_ids.to_pylist())).encode() + b"\n"
-        )
-        file = f"shard-{len(shards):05d}.parquet"
-        _write_parquet(pa.table(columns), staging / file)
-        shards.append({"file": file, "users": len(chunk.user_ids)})
-        users, events = users + len(chunk.user_ids), events + int(chunk.offsets[-1])
-    assert names is not None, "a store needs users"
-    _write_parquet(items, staging / "items.parquet")
+    hashes: dict[str, Any] = {}  # one running hash a column, so that the cutting into chunks does not matter
+    columns: dict[str, _Column] = {}
+    users, events = 0, 0
+    with ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        for chunk in chunks:
+            lengths = np.diff(chunk.offsets)
+            rows = pa.table({"user_id": chunk.user_ids, "events": pa.array(lengths, pa.int64())})
+            if writer is None:
+                writer = stack.enter_context(pq.ParquetWriter(staging / "users.parquet", rows.schema, **PARQUET))
+                for name in (n for n in EVENT_COLUMNS if n in chunk.columns):
+                    columns[name] = stack.enter_context(_Column(staging / f"{name}.npy"))
+            assert set(columns) == set(chunk.columns) and "item_id" in columns, f"columns {sorted(chunk.columns)}"
+            assert len(chunk.user_ids) == lengths.size and chunk.offsets[0] == 0
+            writer.write_table(rows)
+            for name, column in columns.items():
+                values = np.ascontiguousarray(chunk.columns[name], np.int64)
+                assert values.size == chunk.offsets[-1], f"column {name}"
+                column.write(values)
+                hashes.setdefault(name, hashlib.sha256()).update(values)
+            ids = chunk.columns["item_id"]
+            assert not ids.size or 0 <= ids.min() <= ids.max() < items.num_rows, "item_id outside the items"
+            hashes.setdefault("lengths", hashlib.sha256()).update(lengths.astype(np.int64).tobytes())
+            hashes.setdefault("user_id", hashlib.sha256()).update(
+                "\n".join(map(str, chunk.user_ids.to_pylist())).encode() + b"\n"
+            )
+            users, events = users + lengths.size, events + int(chunk.offsets[-1])
+        assert writer is not None, "a store needs users"
+    pq.write_table(items, staging / "items.parquet", **PARQUET)
     hashes["items"] = hashlib.sha256(json.dumps(items.to_pydict(), default=str, ensure_ascii=False).encode())
     digest = hashlib.sha256(json.dumps([(k, hashes[k].hexdigest()) for k in sorted(hashes)]).encode()).hexdigest()
     caveats = list(manifest.get("caveats", []))
-    if "timestamp" not in names and NO_TIMES not in caveats:
+    if "timestamp" not in columns and NO_TIMES not in caveats:
         caveats.append(NO_TIMES)
     return {
         "source": "",
@@ -268,51 +276,61 @@ def _write_into(staging: Path, chunks: Iterable[Chunk], items: pa.Table, manifes
         "format": FORMAT,
         "caveats": caveats,
         "counts": {**manifest.get("counts", {}), "users": users, "items": items.num_rows, "events": events},
-        "has_times": "timestamp" in names,
-        "columns": names,
-        "shards": shards,
+        "has_times": "timestamp" in columns,
+        "columns": {name: column.checksum for name, column in columns.items()},
         "content_hash": digest,
     }
 
 
-def _cut(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """The same users ``SHARD_USERS`` at a time, whatever the size of the chunks."""
-    waiting: list[Chunk] = []
-    count = 0
-    for chunk in chunks:
-        lo = 0
-        while lo < len(chunk.user_ids):
-            part = _slice(chunk, lo, lo + SHARD_USERS - count)
-            waiting.append(part)
-            lo, count = lo + len(part.user_ids), count + len(part.user_ids)
-            if count == SHARD_USERS:
-                yield _join(waiting)
-                waiting, count = [], 0
-    if waiting:
-        yield _join(waiting)
+class _Column:
+    """A ``.npy`` file of int64 that grows; numpy leaves room in its header for the length.
+
+    Attributes:
+        checksum: CRC-32 of the numbers written so far, as little-endian bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.size, self.checksum = path.open("wb"), 0, 0
+
+    def __enter__(self) -> _Column:
+        self._header()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.file:
+            self.file.seek(0)
+            self._header()
+
+    def write(self, values: np.ndarray) -> None:
+        """Appends int64 numbers."""
+        data = memoryview(values.astype("<i8", copy=False)).cast("B") if values.size else b""
+        self.file.write(data)
+        self.checksum = zlib.crc32(data, self.checksum)
+        self.size += values.size
+
+    def _header(self) -> None:
+        shape = {"descr": "<i8", "fortran_order": False, "shape": (self.size,)}
+        np.lib.format.write_array_header_1_0(self.file, shape)
 
 
-def _slice(chunk: Chunk, lo: int, hi: int) -> Chunk:
-    offsets = np.asarray(chunk.offsets[lo : hi + 1], np.int64)
-    events = slice(int(offsets[0]), int(offsets[-1]))
-    columns = {name: values[events] for name, values in chunk.columns.items()}
-    return Chunk(chunk.user_ids[lo:hi], offsets - offsets[0], columns)
-
-
-def _join(chunks: list[Chunk]) -> Chunk:
-    if len(chunks) == 1:
-        return chunks[0]
-    lengths = np.concatenate([np.diff(chunk.offsets) for chunk in chunks])
-    return Chunk(
-        pa.concat_arrays([chunk.user_ids for chunk in chunks]),
-        np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        {name: np.concatenate([chunk.columns[name] for chunk in chunks]) for name in chunks[0].columns},
-    )
-
-
-def _write_parquet(table: pa.Table, path: Path) -> None:
-    # Page checksums turn silent bit rot into an error when read.
-    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+def _mapped(path: Path, size: int, checksum: int, again: str) -> np.ndarray:
+    """(size,) int64 column, mapped, after a look at all of it."""
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            begin, found = file.tell(), 0
+            while data := file.read(_READ_BYTES):
+                found = zlib.crc32(data, found)
+            whole = (shape, dtype, file.tell(), found) == ((size,), np.dtype("<i8"), begin + 8 * size, checksum)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise UserError(f"prepared data lacks {path}{again}") from None
+    except (OSError, ValueError):  # the latter where the header is none
+        whole = False
+    if not whole:
+        raise UserError(f"prepared data file {path} is truncated or corrupt{again}")
+    return np.frombuffer(mapped, "<i8", offset=begin)
 
 
 def _read_parquet(path: Path, rows: int, again: str) -> pa.Table:

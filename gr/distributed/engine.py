@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gr.distributed.config import DenseConfig
 from gr.distributed.dense import no_sync, wrap
 from gr.distributed.process import ProcessContext
 
@@ -73,11 +72,12 @@ class Engine:
         """Gradients of a () loss."""
         loss.backward()
 
-    def update(self, scale: Tensor | None) -> Tensor:
-        """Scales and clips the gradients and applies them.
+    def update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
+        """Scales and clips the gradients and applies them, if ``sums`` and their norm are finite.
 
         Args:
             scale: () what they are multiplied by; ``None``: the loss was.
+            sums: (n,) float64 of the step, the same on every rank.
 
         Returns:
             () norm of the dense gradient before clipping.
@@ -90,8 +90,9 @@ class Engine:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.dense if p.grad is not None])
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.dense, self.clip_norm, norm)
-        self.optimizer.step()
-        return norm.to(self.ctx.device)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).to(self.ctx.device)
+        update_if_finite(self.optimizer, torch.cat([sums, norm.double().reshape(1)]))
+        return norm
 
     # Between steps ------------------------------------------------------------------------------------------
 
@@ -112,46 +113,6 @@ class Engine:
         """Gives the bare model all weights for good. A collective; the engine serves for nothing afterwards."""
 
 
-def make_engine(
-    config: DenseConfig,
-    model: nn.Module,
-    dense: Sequence[nn.Parameter],
-    tables: Sequence[nn.Parameter],
-    make_optimizer: MakeOptimizer,
-    ctx: ProcessContext,
-    *,
-    clip_norm: float | None,
-    accumulate: bool,
-) -> Engine:
-    """The engine of a phase. Freeze parameters before, not after.
-
-    Args:
-        config: Who holds what. One process alone holds everything.
-        model: Gives ``Losses``. Optional: ``table_parameters()``, which are not divided by any kind; ``blocks()``,
-            modules that may be gathered one at a time; ``find_unused_parameters``, true if steps use differing
-            parameters.
-        dense: Parameters that learn, but for tables.
-        tables: Tables' parameters that learn by the same optimizer.
-        make_optimizer: Makes it.
-        ctx: Rank, world and device.
-        clip_norm: See ``Engine``; likewise ``accumulate``.
-
-    Raises:
-        UserError: DeepSpeed is wanted and not installed.
-    """
-    if ctx.world == 1 or config.kind == "ddp":
-        return Engine(model, make_optimizer(dense, tables), dense, ctx, clip_norm=clip_norm, accumulate=accumulate)
-    if config.kind == "fsdp2":
-        from gr.distributed.fsdp import FSDPEngine
-
-        return FSDPEngine(model, dense, tables, make_optimizer, ctx, clip_norm=clip_norm)
-    from gr.distributed.zero import ZeroEngine
-
-    assert not accumulate
-    stage = {"zero1": 1, "zero2": 2}[config.kind]
-    return ZeroEngine(model, dense, tables, make_optimizer, ctx, clip_norm=clip_norm, stage=stage)
-
-
 def average_gradients(parameters: Sequence[nn.Parameter], ctx: ProcessContext) -> None:
     """Averages gradients over ranks in place, for parameters that every process holds and no wrapper looks after.
 
@@ -168,3 +129,26 @@ def average_gradients(parameters: Sequence[nn.Parameter], ctx: ProcessContext) -
 def _local(tensor: Tensor) -> Tensor:
     """This process's part of a divided tensor, over the same memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def update_if_finite(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
+    """One update, unless one of ``numbers`` is not finite: the weights then stay those that led there.
+
+    On a GPU nobody waits for the numbers, so the next steps are taken before anybody looks; they update nothing either.
+    (Only fused optimizers of plain tensors can be held back there.)
+    """
+    if numbers.device.type == "cpu":
+        if bool(torch.isfinite(numbers).all()):
+            optimizer.step()
+        return
+    _hold(optimizer, ~torch.isfinite(numbers).all())
+    optimizer.step()
+
+
+def _hold(optimizer: torch.optim.Optimizer, broken: Tensor) -> None:
+    """From a ``broken`` step on, a fused optimizer updates nothing: torch's gradient scaling asks for the same."""
+    plain = not any(hasattr(p, "to_local") for group in optimizer.param_groups for p in group["params"])
+    if plain and optimizer.defaults.get("fused"):
+        broken = broken.float()
+        before = getattr(optimizer, "found_inf", None)
+        optimizer.found_inf = broken if before is None else torch.maximum(before, broken)

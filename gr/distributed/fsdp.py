@@ -53,11 +53,10 @@ class FSDPEngine(Engine):
         self.model.wrapper.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
-    def update(self, scale: Tensor | None) -> Tensor:
+    def update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
         """See ``Engine``; the tables that every process holds are looked after here."""
         average_gradients(self._tables, self.ctx)
-        norm = super().update(scale)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return super().update(scale, sums)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ _LIMB = 31
 _MEETING_PATIENCE_S = 25.0
 """How long a process waits for rank 0 to listen."""
 _when_leaving: list[Callable[[], None]] = []
+_DISK_PATIENCE_S = 1800.0
+"""How long processes wait for each other's part of a checkpoint: a disk may be slow, but a cut must be noticed."""
 # How collectives tell of a peer that is gone: gloo and NCCL raise plain RuntimeErrors, the store DistErrors.
 _GONE = re.compile(r"gloo|nccl|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|socket", re.IGNORECASE)
 
@@ -41,6 +43,8 @@ class ProcessContext:
     local_rank: This process among those of its machine.
     device: Where the model and the batches live.
     patient: A group whose collectives may wait for days: for ranks that wait while one works alone.
+    background: A group for a thread beside the one that trains; see ``in_background``.
+    group: What the collectives of this context go over; ``None``: the default group.
     """
 
     rank: int = 0
@@ -48,11 +52,18 @@ class ProcessContext:
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
     patient: Any = field(default=None, repr=False, compare=False)
+    background: Any = field(default=None, repr=False, compare=False)
+    group: Any = field(default=None, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
         """True on the one process that writes files and prints."""
         return self.rank == 0
+
+    def in_background(self) -> ProcessContext:
+        """The same processes for one thread beside this one: collectives of two threads in one group would mix."""
+        assert self.world == 1 or self.background is not None, "made by start alone"
+        return replace(self, group=self.background, patient=self.background)
 
 
 def start(
@@ -105,10 +116,13 @@ def start(
                 device_id=chosen if chosen.type == "cuda" else None,
             )
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+        slow_disk = datetime.timedelta(seconds=max(timeout_s, _DISK_PATIENCE_S))
+        background = dist.new_group(backend="gloo", timeout=slow_disk)
         # Nobody goes on before all are connected: one that found a user's mistake at once and left would have
         # another, still connecting, end in a traceback.
         dist.barrier(patient)
-        return ProcessContext(rank, world, local_rank, chosen, patient)
+        dist.barrier(background)
+        return ProcessContext(rank, world, local_rank, chosen, patient, background)
     return ProcessContext(rank, world, local_rank, chosen)
 
 
@@ -127,6 +141,7 @@ def finish(ctx: ProcessContext) -> None:
         while _when_leaving:
             _when_leaving.pop()()
         object.__setattr__(ctx, "patient", None)
+        object.__setattr__(ctx, "background", None)
         dist.destroy_process_group()
         gc.collect()
 
@@ -166,10 +181,15 @@ def _as_lost(error: RuntimeError) -> RuntimeError:
     return PeerLost(f"lost the other processes ({reason}); the same command goes on from the last checkpoint")
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process, or the way to it, is gone."""
+    return isinstance(error, RuntimeError) and isinstance(_as_lost(error), PeerLost)
+
+
 def all_reduce_sum(tensor: torch.Tensor, ctx: ProcessContext) -> torch.Tensor:
     """Sums ``tensor`` over ranks in place and returns it."""
     if ctx.world > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=ctx.group)
     return tensor
 
 
@@ -177,10 +197,24 @@ def sum_integers(values: Sequence[int], ctx: ProcessContext) -> list[int]:
     """Exact sums of Python integers over ranks (each below 2**62 * 2**31 in size)."""
     if ctx.world == 1:
         return [int(value) for value in values]
-    mask = (1 << _LIMB) - 1
-    limbs = torch.tensor([[int(v) >> _LIMB, int(v) & mask] for v in values], dtype=torch.int64)
-    dist.all_reduce(limbs)
+    limbs = _limbs(values)
+    dist.all_reduce(limbs, group=ctx.group)
     return [(high << _LIMB) + low for high, low in limbs.tolist()]
+
+
+def gather_integers(values: Sequence[int], ctx: ProcessContext) -> list[list[int]]:
+    """Every rank's Python integers (each below 2**94 in size, as many on each rank), in rank order, on every rank."""
+    if ctx.world == 1:
+        return [[int(value) for value in values]]
+    limbs = _limbs(values)
+    everybody = [torch.empty_like(limbs) for _ in range(ctx.world)]
+    dist.all_gather(everybody, limbs, group=ctx.group)
+    return [[(high << _LIMB) + low for high, low in told.tolist()] for told in everybody]
+
+
+def _limbs(values: Sequence[int]) -> torch.Tensor:
+    mask = (1 << _LIMB) - 1
+    return torch.tensor([[int(v) >> _LIMB, int(v) & mask] for v in values], dtype=torch.int64)
 
 
 def broadcast_object(value: Any, ctx: ProcessContext) -> Any:
@@ -188,7 +222,7 @@ def broadcast_object(value: Any, ctx: ProcessContext) -> Any:
     if ctx.world == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=ctx.group, device=torch.device("cpu"))
     return box[0]
 
 
@@ -271,7 +305,7 @@ def all_gather_object(value: Any, ctx: ProcessContext) -> list[Any]:
     if ctx.world == 1:
         return [value]
     gathered: list[Any] = [None] * ctx.world
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=ctx.group)
     return gathered
 
 

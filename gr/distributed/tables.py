@@ -23,7 +23,7 @@ from gr.distributed.plan import TablePlan, plan_tables, slice_of
 from gr.distributed.process import ProcessContext
 from gr.distributed.softmax import sharded_softmax_loss
 from gr.embedding.config import TablesConfig
-from gr.embedding.draw import draw
+from gr.embedding.draw import BLOCK_ROWS, draw
 from gr.embedding.local import LocalTables, Transform
 from gr.embedding.spec import TableSpec
 from gr.errors import UserError
@@ -78,7 +78,8 @@ class ShardedTables(nn.Module):
                 rows = draw(spec)
                 for shard in weights[spec.name].local_shards():
                     (row, col), (num_rows, num_cols) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-                    shard.tensor.copy_(rows(row, row + num_rows)[:, col : col + num_cols])
+                    for lo, hi in _blocks(row, row + num_rows):  # a shard in float32 may be larger than memory
+                        shard.tensor[lo - row : hi - row].copy_(rows(lo, hi)[:, col : col + num_cols])
 
     @property
     def num_parameters(self) -> int:
@@ -197,6 +198,14 @@ class ShardedTables(nn.Module):
     def _weights(self) -> dict[str, Any]:
         weights = self._held[0].state_dict()
         return {name: weights[f"embeddings.{name}.weight"] for name in self.specs}
+
+
+def _blocks(lo: int, hi: int) -> Iterator[tuple[int, int]]:
+    """Spans of rows that are drawn together; none draws a generator's block twice."""
+    while lo < hi:
+        stop = min(hi, (lo // BLOCK_ROWS + 1) * BLOCK_ROWS)
+        yield lo, stop
+        lo = stop
 
 
 def _collection(plans: list[TablePlan], config: TablesConfig, ctx: ProcessContext) -> ShardedEmbeddingCollection:

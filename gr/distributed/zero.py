@@ -84,9 +84,15 @@ class ZeroEngine(Engine):
         """See ``Engine``."""
         self._deepspeed.backward(loss)
 
-    def update(self, scale: Tensor | None) -> Tensor:
-        """See ``Engine``; ``scale`` must be ``None``."""
+    def update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
+        """See ``Engine``; ``scale`` must be ``None``.
+
+        DeepSpeed tells the norm when it has applied the gradients: a norm alone that is not finite does not hold them
+        back. On a GPU nobody waits for ``sums``, and nothing does.
+        """
         assert scale is None
+        if sums.device.type == "cpu" and not bool(torch.isfinite(sums).all()):
+            return torch.full((), torch.nan, device=self.ctx.device)
         average_gradients(self._tables, self.ctx)
         self._deepspeed.step()
         if self._of_tables is not None:
@@ -101,9 +107,10 @@ class ZeroEngine(Engine):
 
         state = self.optimizer.state
         for group, flat in self._divided():
-            step = self._zero.optimizer.state[flat]["step"].clone()
+            step = self._zero.optimizer.state[flat]["step"]
             for parameter in group["params"]:
-                state[parameter] = {"step": step, **{name: whole(parameter, name) for name in MOMENTS}}
+                # A count of each one's own: a shared one, loaded elsewhere, would go up once for each parameter.
+                state[parameter] = {"step": step.clone(), **{name: whole(parameter, name) for name in MOMENTS}}
         if self._of_tables is not None:
             state.update(self._of_tables.state)
         for group, used in zip(self.optimizer.param_groups, self.param_groups, strict=True):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gr.data.batch import JaggedBatch
-from gr.data.split import Split, Targets
+from gr.data.split import BLOCK_EVENTS, Split, Targets
 from gr.data.store import EventStore
 from gr.evaluation.metrics import Estimate
 from gr.evaluation.ranking import seen_pairs
@@ -199,10 +199,14 @@ def repeated_targets(store: EventStore, targets: Targets, window: int | None = N
 
 def repeats(store: EventStore, targets: Targets, window: int | None = None) -> np.ndarray:
     """(n,) bool: the target's item is among the user's earlier events, or the last ``window`` of them."""
-    row, item = seen_pairs(store, targets.user, targets.position, window)
-    truth = store.columns["item_id"][store.offsets[targets.user] + targets.position]
-    found = np.zeros(len(targets.user), dtype=bool)
-    found[row[item == truth[row]]] = True
+    found = np.zeros(len(targets), dtype=bool)
+    read = targets.position if window is None else np.minimum(targets.position, window)
+    block = np.cumsum(read) // BLOCK_EVENTS  # of each target
+    for rows in np.split(np.arange(len(found)), np.flatnonzero(np.diff(block)) + 1):
+        user, position = targets.user[rows], targets.position[rows]
+        row, item = seen_pairs(store, user, position, window)
+        truth = store.columns["item_id"][store.offsets[user] + position]
+        found[rows[row[item == truth[row]]]] = True
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 
 from gr.errors import UserError
 from gr.evaluation.ranking import COLUMNS, Ranks
+from gr.files import replacing
 
 
 def save_ranks(ranks: Ranks, path: str | Path) -> None:
@@ -18,14 +18,11 @@ def save_ranks(ranks: Ranks, path: str | Path) -> None:
     path = Path(path)
     columns = {name: getattr(ranks, name) for name in COLUMNS} | {"rank": ranks.rank}
     table = pa.table(columns).replace_schema_metadata({"num_items": str(ranks.num_items)})
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        pq.write_table(table, aside)
-        os.replace(aside, path)
+        with replacing(path) as aside:
+            pq.write_table(table, aside)
     except OSError as error:
         raise UserError(f"ranks file {path} cannot be written: {error}") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load_ranks(path: str | Path) -> Ranks:

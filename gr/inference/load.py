@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from gr.data.split import Split, make_split
 from gr.data.store import EventStore, read_store
 from gr.errors import UserError
 from gr.models.recommender import Recommender
-from gr.training.checkpoint import find_checkpoint
+from gr.training.checkpoint import STATE, Found, find_checkpoint
 from gr.training.run_folder import RunFolder
 from gr.training.weights import load_weights
 
@@ -72,11 +73,13 @@ def find_weights(run_dir: Path, checkpoint: str | None = None) -> Path:
     folder = RunFolder(run_dir)
     if checkpoint != "last" and folder.best.exists():
         return folder.best
-    last = find_checkpoint(folder.checkpoints) if checkpoint != "best" and folder.checkpoints.is_dir() else None
-    if last is None:
+    found = find_checkpoint(folder.checkpoints) if checkpoint != "best" and folder.checkpoints.is_dir() else Found()
+    for damaged, wrong in found.damaged.items():
+        print(f"warning: checkpoint {damaged} is damaged ({wrong}); the one before is read", file=sys.stderr)
+    if found.path is None:
         lacking = {None: "finished model (no best.pt and no checkpoint)", "best": "best.pt", "last": "checkpoint"}
         raise UserError(f"run folder {run_dir} has no {lacking[checkpoint]}; run gr-train with its config first")
-    return last
+    return found.path / STATE
 
 
 def load_run(
@@ -102,7 +105,8 @@ def load_run(
     store, split = open_log(folder, config, cache_dir)
     model = assemble(config, store, split)
     found = load_weights(model, weights)
-    words = weights.name if found["step"] is None else f"{weights.name}, step {found['step']}"
+    name = weights.parent.name if weights.name == STATE else weights.name
+    words = name if found["step"] is None else f"{name}, step {found['step']}"
     return Loaded(config, store, split, config.layout, model.to(device).eval(), device, words)
 
 

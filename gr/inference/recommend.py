@@ -250,9 +250,10 @@ def typed_past(loaded: Loaded, history: Sequence[str | int], at: int | None = No
 
 def typical_gap(offsets: np.ndarray, timestamps: np.ndarray) -> int:
     """Median seconds between neighbouring events of one user, at least 1."""
-    inside = np.ones(timestamps.size, bool)
-    inside[offsets[:-1][offsets[:-1] < timestamps.size]] = False  # a user's first event has no gap before it
-    gaps = np.diff(timestamps, prepend=timestamps[:1])[:SAMPLE][inside[:SAMPLE]]
+    sample = timestamps[:SAMPLE]
+    inside = np.ones(sample.size, bool)
+    inside[offsets[:-1][offsets[:-1] < sample.size]] = False  # a user's first event has no gap before it
+    gaps = np.diff(sample, prepend=sample[:1])[inside]
     return max(1, int(np.median(gaps))) if gaps.size else 1
 
 

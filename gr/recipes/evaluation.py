@@ -20,10 +20,10 @@ from gr.evaluation.ranking import Ranks, SeenRule
 from gr.evaluation.saved_ranks import load_ranks, save_ranks
 from gr.evaluation.slices import Slice, make_slices
 from gr.evaluation.tuning import tune_all
+from gr.files import write_json
 from gr.inference.load import load_run, resolve_run
 from gr.recipes.retrieval import against_the_best, best_possible, describe_data, model_label, protocol, rank
 from gr.training.assemble import eval_loader
-from gr.training.checkpoint import write_json
 from gr.training.run_config import RunConfig
 
 SEEN: dict[str, SeenRule] = {"keep": False, "mask": True, "window": "window"}

@@ -16,7 +16,7 @@ from gr.config import config_hash
 from gr.data.ceiling import ceiling
 from gr.data.layout import evaluation_batch
 from gr.data.planted import PlantedConfig
-from gr.data.split import Split, Targets, training_events
+from gr.data.split import Split, Targets
 from gr.data.store import EventStore
 from gr.distributed.process import ProcessContext, all_gather_object, main_only_errors
 from gr.errors import UserError
@@ -28,11 +28,11 @@ from gr.evaluation.saved_ranks import load_ranks, save_ranks
 from gr.evaluation.sharded_ranking import rank_by_shards
 from gr.evaluation.significance import compare
 from gr.evaluation.tuning import tune_all
+from gr.files import write_json
 from gr.models.retrieval import RetrievalModel
 from gr.recipes.stage import Stage, Stopped, run_stage
 from gr.report.report import write_report
 from gr.training.assemble import assemble, eval_loader, open_data, sample_targets, train_loader
-from gr.training.checkpoint import write_json
 from gr.training.phase import Phase
 from gr.training.run_config import RunConfig
 from gr.training.run_folder import RunFolder, claim
@@ -293,7 +293,7 @@ def describe_data(config: RunConfig, store: EventStore, split: Split, targets: T
         "users": store.num_users,
         "items": store.num_items,
         "events": store.num_events,
-        "train_events": int(training_events(store, split).sum()),
+        "train_events": int(split.train_stop.sum()),
         "valid_targets": 0 if split.valid is None else len(split.valid),
         "test_targets": len(split.test),
         "mean_length": float(lengths.mean()),

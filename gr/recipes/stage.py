@@ -15,7 +15,7 @@ from typing import Any
 
 from gr.distributed.process import ProcessContext, broadcast_object, raise_together
 from gr.errors import UserError
-from gr.training.checkpoint import write_json
+from gr.files import write_json
 
 
 class Stopped(Exception):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from gr.files import write_text
 from gr.report import words
 from gr.report.figures import Bar, bars, curve
 from gr.report.run_data import RunData, metric_names, read_run
@@ -27,9 +27,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     path = run.folder / "report.html"
-    aside = path.with_name(".report.html.partial")
-    aside.write_text(render(run), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, render(run))
     return path
 
 

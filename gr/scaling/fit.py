@@ -14,7 +14,7 @@ from gr.scaling.frontier import Price, best_size
 from gr.scaling.isoflop import envelope, optimum_exponents, parabolas
 from gr.scaling.law import MOST, Law, axes_of, conditioning, fit_law, law_of
 from gr.scaling.projection import project_law
-from gr.scaling.quality import Quality, best_of_budgets, fit_quality
+from gr.scaling.quality import fit_quality, foretell
 from gr.scaling.table import METRICS
 
 FEWEST_RUNS, FEWEST_BUDGETS = 6, 2  # five parameters
@@ -70,7 +70,9 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
     condition, correlation = conditioning(axes, loss, surface)
     _warn(surface, laws, correlation, notes)
     quality = {
-        name: form for name in fitted[0] if name.startswith(METRICS) and (form := _quality(fitted, name)) is not None
+        name: form
+        for name in fitted[0]
+        if name.startswith(METRICS) and (form := fit_quality(fitted, name)) is not None
     }
     price = Price.of(fitted)
     result: dict[str, Any] = {
@@ -155,18 +157,6 @@ def _warn(surface: Law, laws: list[Law], correlation: float, notes: list[str]) -
         notes.append(f"two parameters of the law are correlated by {correlation:.4f}: their values mean little alone")
 
 
-def _quality(fitted: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    made = fit_quality(fitted, metric)
-    if made is None:
-        return None
-    form, errors = made
-    used, free = (fitted, 5) if form.form == "surface" else (best_of_budgets(fitted, metric), 2)
-    rest = [row[metric] - form(row["budget"], row["n_encoder"], row["tokens"]) for row in used]
-    scatter = float(np.sqrt(np.square(rest).sum() / max(1, len(rest) - free)))
-    return {"form": form.form, "line": form.line, "law": None if form.law is None else asdict(form.law),
-            "errors": errors, "scatter": scatter}  # fmt: skip
-
-
 def _intervals(laws: list[Law]) -> dict[str, list[float]] | None:
     """Of the parameters, and of a = beta / (alpha + beta): with FLOPs of 6 N D, N* grows as C^a."""
     if not laws:
@@ -205,14 +195,8 @@ def _run_interval(fitted: dict[str, Any], laws: Sequence[Law], n: float, d: floa
 
 
 def told(fitted: dict[str, Any], budget: float, n: float, d: float) -> dict[str, Any]:
-    """Each metric's ``predicted`` and ``interval``: of its form's scatter and error on the largest fitted budget."""
-    found = {}
-    for name, raw in fitted["quality"].items():
-        line, law = raw["line"], raw["law"]
-        form = Quality(raw["form"], None if line is None else tuple(line), None if law is None else law_of(law))
-        said, wide = form(budget, n, d), 1.96 * float(np.hypot(raw["scatter"], raw["errors"][raw["form"]]))
-        found[name] = {"form": raw["form"], "predicted": said, "interval": [said - wide, said + wide]}
-    return found
+    """Each metric's ``predicted``, ``interval`` and ``form``."""
+    return {name: foretell(raw, budget, n, d) for name, raw in fitted["quality"].items()}
 
 
 def any_sizes(fitted: dict[str, Any]) -> np.ndarray:

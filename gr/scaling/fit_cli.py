@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from gr.scaling.store import write_json
+    from gr.files import write_json
     from gr.scaling.study_fits import fit_table
 
     table = Path(args.runs)
@@ -121,8 +121,8 @@ def _fresh_fit(table: Path, variant: str | None) -> dict[str, Any]:
 
 
 def _predict(args: argparse.Namespace, overrides: list[str]) -> int:
+    from gr.files import write_json
     from gr.scaling.fit import predict
-    from gr.scaling.store import write_json
 
     table = Path(args.runs)
     fitted = _fresh_fit(table, args.variant)
@@ -174,8 +174,8 @@ def _feasible(args: argparse.Namespace, overrides: list[str], fitted: dict[str, 
 
 
 def _compare(args: argparse.Namespace) -> int:
+    from gr.files import write_json
     from gr.scaling.frontier import compare
-    from gr.scaling.store import write_json
     from gr.scaling.study_fits import fit_table
 
     table = Path(args.runs)

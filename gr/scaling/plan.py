@@ -27,9 +27,10 @@ from gr.data.split import Split, Targets
 from gr.data.store import EventStore
 from gr.distributed.process import ProcessContext
 from gr.errors import UserError
+from gr.files import write_text
 from gr.scaling.design import Cell, Study, Variant, find_base
 from gr.scaling.recipe import Recipe, find_recipe
-from gr.scaling.store import RunSpec, make_run_id, write_text
+from gr.scaling.store import RunSpec, make_run_id
 from gr.training.assemble import assemble, open_data, sample_targets, train_loader
 from gr.training.run_config import RunConfig
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from gr.errors import UserError
+from gr.files import write_text
 from gr.scaling.bootstrap import spread
 from gr.scaling.fit import any_sizes, told
 from gr.scaling.frontier import Price, best_size, compare
 from gr.scaling.isoflop import envelope
 from gr.scaling.law import law_of
-from gr.scaling.store import write_text
 from gr.scaling.study_fits import read_fits
 
 PETAFLOP_DAY = 1e15 * 86400

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from gr.errors import UserError
+from gr.files import write_text
 from gr.scaling.fit import OBJECTIVE
 from gr.scaling.frontier import compare
 from gr.scaling.law import MOST, REFINED
 from gr.scaling.plots import Figure, between, figures, write_figures
-from gr.scaling.store import write_text
 from gr.scaling.study_fits import read_fits
 
 Fits = dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]

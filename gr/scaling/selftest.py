@@ -63,13 +63,15 @@ def checks(folder: Path) -> Iterator[tuple[str, bool]]:
     best = [min(row["loss"] for row in rows if row["budget"] == budget) for budget in budgets]
     told = ", ".join(f"{loss:.3f}" for loss in best)
     yield f"the best loss falls with every budget: {told}", all(np.diff(best) < 0)
-    yield "no loss lies below the least that the world allows", all(
-        row["loss"] > float(row["loss_floor"]) for row in rows
+    yield (
+        "no loss lies below the least that the world allows",
+        all(row["loss"] > float(row["loss_floor"]) for row in rows),
     )
     held = fit_runs(rows, samples=0)["held_out"]
     worst = max(abs(row["relative_error"]) for row in held)
-    yield f"{len(held)} held-out losses are foretold within {100 * worst:.2f} %, at most {100 * MOST_OFF:g} %", (
-        worst < MOST_OFF
+    yield (
+        f"{len(held)} held-out losses are foretold within {100 * worst:.2f} %, at most {100 * MOST_OFF:g} %",
+        (worst < MOST_OFF),
     )
     paths = write_report(table, study.folder, samples=0)
     yield f"{paths[0].name} and {len(paths) - 2} figures are drawn", all(path.stat().st_size > 1000 for path in paths)

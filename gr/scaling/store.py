@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from gr.errors import UserError
+from gr.files import write_json
 
 SCHEMA = 1
 HEARTBEAT_S = 20.0
@@ -76,27 +77,6 @@ def make_run_id(config_hash: str, recipe: str, data_hash: str, eval_hash: str) -
     """12 hex digits of the sha256 of what decides a result."""
     text = json.dumps([SCHEMA, config_hash, recipe, data_hash, eval_hash], separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically: aside, to disk, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON, atomically."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -170,7 +150,8 @@ class RunDir:
             return "running"
         if self.error() is not None:
             return "failed"
-        return "preempted" if any(self.model.glob("checkpoints/*.pt")) else "planned"
+        saved = any(path.suffix != ".tmp" for path in self.model.glob("checkpoints/step-*"))
+        return "preempted" if saved else "planned"
 
     def _alive(self, now: float) -> bool:
         beat = read_json(self.path / "heartbeat.json")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gr.errors import UserError
-from gr.scaling.store import all_runs, read_json, write_text
+from gr.files import write_text
+from gr.scaling.store import all_runs, read_json
 
 COLUMNS = ("run_id", "budget", "n_encoder", "tokens", "model_flops", "loss")
 MEASURED = ("steps", "tokens", "pairs", "model_flops", "flops_dense", "flops_attention", "flops_head", "n_encoder",

@@ -108,6 +108,9 @@ class TrainConfig:
         early_stopping: ``None``: the last weights are kept and the number of epochs is as configured.
         evaluate_every_epochs: Validation after every so many epochs, and after the last.
         checkpoint_every_steps: Saves within an epoch too; 0: after every epoch only.
+        checkpoint_async: Training waits for a copy in memory, not for the disk. Takes host memory for one more copy of
+            what a process saves (rank 0: dense weights and moments; each rank: its share of tables that own their
+            optimizer).
         keep_last: How many checkpoints stay on disk.
         log_every_steps: Steps per line of metrics.jsonl.
         tensorboard: Writes TensorBoard events where the package is installed.
@@ -125,6 +128,7 @@ class TrainConfig:
     early_stopping: EarlyStoppingConfig | None = None
     evaluate_every_epochs: int = 1
     checkpoint_every_steps: int = runtime(0)
+    checkpoint_async: bool = runtime(True)
     keep_last: int = runtime(2)
     log_every_steps: int = runtime(50)
     tensorboard: bool = runtime(True)

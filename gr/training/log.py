@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gr.errors import UserError
-from gr.training.checkpoint import write_atomic
+from gr.files import write_text
 
 
 def trim_metrics(path: Path, step: int) -> int:
@@ -33,7 +33,7 @@ def trim_metrics(path: Path, step: int) -> int:
             if number + 1 < len(lines):
                 raise UserError(f"{path} line {number + 1} is damaged; delete that line to resume") from None
     if len(kept) < len(lines):
-        write_atomic(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+        write_text(path, "".join(line + "\n" for line in kept))
     return len(lines) - len(kept)
 
 

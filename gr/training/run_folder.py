@@ -15,7 +15,7 @@ from typing import Any
 from gr.config import config_hash, dump, parse_yaml, to_dict
 from gr.data.store import EventStore
 from gr.errors import UserError
-from gr.training.checkpoint import write_atomic, write_json
+from gr.files import write_json, write_text
 from gr.training.environment import describe
 
 _HEADER = "# config_hash: "
@@ -61,13 +61,18 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """``step-*.pt`` and ``last.json``."""
+        """A folder each; see ``gr.training.checkpoint``."""
         return self.path / "checkpoints"
 
     @property
     def best(self) -> Path:
         """The weights to use."""
         return self.path / "best.pt"
+
+    @property
+    def diverged(self) -> Path:
+        """Batches and weights of steps whose loss or gradient was not finite."""
+        return self.path / "diverged"
 
     @property
     def results(self) -> Path:
@@ -133,8 +138,7 @@ def claim(
         elif path.exists() and any(not p.name.endswith(".tmp") and p.name != ".lock" for p in path.iterdir()):
             raise UserError(f"run folder {path} holds files but no config.yaml, so it is no run; choose another name")
         path.mkdir(parents=True, exist_ok=True)
-        text = f"{_HEADER}{digest}\n{dump(config)}"
-        write_atomic(folder.config, lambda file: file.write(text.encode()))
+        write_text(folder.config, f"{_HEADER}{digest}\n{dump(config)}")
         if not folder.env.exists():
             write_json(folder.env, describe(argv))
         if store is not None:
@@ -145,14 +149,14 @@ def claim(
 
 
 def _began(folder: RunFolder) -> bool:
-    return folder.best.exists() or any(folder.checkpoints.glob("*.pt"))
+    return folder.best.exists() or any(path.suffix != ".tmp" for path in folder.checkpoints.glob("step-*"))
 
 
 def _forget(folder: RunFolder) -> None:
     """Removes what a claim and a training that ended before its first checkpoint leave behind, and nothing else."""
     for path in (folder.metrics, folder.data, folder.env, folder.config):
         path.unlink(missing_ok=True)
-    for path in (folder.tensorboard, folder.path / "stages", folder.checkpoints):
+    for path in (folder.tensorboard, folder.path / "stages", folder.checkpoints, folder.diverged):
         shutil.rmtree(path, ignore_errors=True)
 
 

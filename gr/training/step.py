@@ -12,7 +12,9 @@ from torch import Tensor
 from gr.data.batch import JaggedBatch
 from gr.distributed.engine import Engine
 from gr.distributed.process import ProcessContext, all_reduce_sum
+from gr.flops import StepCost
 from gr.training.phase import Phase, StepContext
+from gr.training.watch import Stopwatch, Work, slots
 
 
 @dataclass(frozen=True)
@@ -21,17 +23,17 @@ class StepResult:
 
     Attributes:
         sums: (2 + parts,) float64: total, weight and the named parts, over micro-batches and ranks.
+        own: (2,) float64: total and weight of this rank alone.
         parts: Names of the parts.
         grad_norm: Scalar, of the dense parameters' gradient before clipping.
-        tokens: This rank's tokens; likewise ``pairs`` and ``forward_flops``, as far as the model tells.
+        work: What this rank did for it.
     """
 
     sums: Tensor
+    own: Tensor
     parts: tuple[str, ...]
     grad_norm: Tensor
-    tokens: int
-    pairs: int
-    forward_flops: int
+    work: Work
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -52,7 +54,7 @@ def run_step(
     step_cost=None,
     tables=None,
 ) -> StepResult:
-    """Backward over the micro-batches, then one update.
+    """Backward over the micro-batches, then one update, unless a sum or the gradient is not finite.
 
     The gradient is that of sum(total) / sum(weight) over all micro-batches of all ranks: gradients of totals
     are accumulated and divided once, before clipping. However sequences are dealt to ranks and micro-batches,
@@ -80,34 +82,42 @@ def run_step(
     seed_step(context.seed, context.step, ctx.rank)
     sums: Tensor | None = None
     names: tuple[str, ...] = ()
-    tokens = pairs = flops = 0
+    finite = True
+    cost, rows, forward = StepCost(), (0, 0), Stopwatch(device)
     for number, batch in enumerate(batches):
         assert batch.num_sequences > 0 and batch.num_tokens > 0, f"rank {ctx.rank} got an empty batch"
-        cost = step_cost(batch) if step_cost else None
-        tokens += cost.tokens if cost else batch.num_tokens
-        pairs += cost.pairs if cost else 0
-        flops += cost.forward_flops if cost else 0
+        one = step_cost(batch) if step_cost else StepCost(batch.num_tokens)
+        cost += StepCost(one.tokens, one.pairs, one.forward_flops)
+        rows = tuple(map(sum, zip(rows, slots(batch), strict=True)))
         batch = batch.to(device) if device.type != "cpu" else batch
         # The last micro-batch's forward and backward both belong to the reducing pass.
         with engine.micro_batch(last=number + 1 == num_batches):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            with forward, torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 losses = phase.objective(engine.model, batch, context)
             if not scale_first:
                 engine.backward(losses.total)
             else:
                 assert num_batches == 1, "the weight of later batches is not known"
-                weight = all_reduce_sum(losses.weight.detach().double().clone(), ctx)
-                engine.backward(losses.total * _scale(weight, ctx).to(losses.total.dtype))
+                known = torch.stack([losses.total, losses.weight]).detach().double()
+                weight = all_reduce_sum(known, ctx)[1]
+                # On a GPU nobody waits to know, so that rows of such a batch learn what is not finite.
+                finite = device.type != "cpu" or bool(torch.isfinite(known).all())
+                if finite:
+                    engine.backward(losses.total * _scale(weight, ctx).to(losses.total.dtype))
         names = tuple(sorted(losses.parts))
         scalars = [losses.total, losses.weight, *(losses.parts[name] for name in names)]
         packed = torch.stack([torch.as_tensor(s, device=device).detach().double() for s in scalars])
         sums = packed if sums is None else sums + packed
     assert sums is not None, "a step needs a batch"
+    own = sums[:2].clone()
     all_reduce_sum(sums, ctx)
-    grad_norm = engine.update(None if scale_first else _scale(sums[1], ctx))
+    grad_norm = engine.update(None if scale_first else _scale(sums[1], ctx), sums[:2])
+    if not finite:
+        grad_norm = torch.full_like(grad_norm, torch.nan)
     if tables is not None:
         tables.update()
-    return StepResult(sums, names, grad_norm, tokens, pairs, flops)
+    work = Work(cost.tokens, cost.pairs, cost.forward_flops, *rows, forward)
+    return StepResult(sums, own, names, grad_norm, work)
 
 
 def _scale(weight: Tensor, ctx: ProcessContext) -> Tensor:

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,23 +26,27 @@ from torch import nn
 from gr.config import config_hash
 from gr.data.batch import JaggedBatch
 from gr.distributed.config import DenseConfig
-from gr.distributed.engine import Engine, make_engine
-from gr.distributed.process import ProcessContext, broadcast_object, main_only_errors, sum_integers
+from gr.distributed.engine import Engine
+from gr.distributed.engines import make_engine
+from gr.distributed.process import ProcessContext, broadcast_object, gather_integers, main_only_errors
 from gr.errors import Diverged, UserError
 from gr.kernels.native import has_bf16_units
-from gr.training.checkpoint import find_checkpoint, load_torch
+from gr.training.checkpoint import STATE, find_checkpoint, load_torch, set_aside
 from gr.training.config import TrainConfig
+from gr.training.guard import Taken, keep_evidence
 from gr.training.log import MetricsLog
 from gr.training.optimizer import make_optimizer, set_lr, split_parameters
 from gr.training.phase import Phase, StepContext
 from gr.training.prefetch import prefetch
 from gr.training.progress import Progress, format_time
-from gr.training.run_folder import RunFolder
+from gr.training.run_folder import RunFolder, read_hash
+from gr.training.saver import Saver
 from gr.training.schedule import check_schedule, lr_factor
 from gr.training.signals import Interrupted, StopSignal
 from gr.training.state import Best, Counts, TrainState
-from gr.training.step import StepResult, run_step
-from gr.training.weights import find_together, load_weights, own_tables, restore, save_best, save_step
+from gr.training.step import run_step
+from gr.training.watch import Waited, Watch
+from gr.training.weights import State, gather, load_weights, own_tables, restore, write_best, write_step
 
 FORMAT = 1
 _SYNC_EVERY_STEPS = 16
@@ -161,9 +165,12 @@ class Trainer:
         self.state = TrainState()
         self._stop = StopSignal()
         self._stopping = False
-        self._pending: list[tuple[int, StepResult]] = []
+        self._pending: list[Taken] = []
         self._mark = 0.0
         self._grad_norm = 0.0
+        self._watch, self._waited = Watch(ctx, config.precision == "bf16"), Waited()
+        self._best_due: tuple[int, dict[str, float]] | None = None
+        self._saver = Saver(ctx, background=False)
         self._log: MetricsLog | None = None
         self._progress = Progress(enabled=ctx.is_main)
         self._optimizer_state: dict[str, Any] | None = None
@@ -184,10 +191,12 @@ class Trainer:
                 if main:
                     stack.enter_context(self.folder.lock())
             self._stop = stack.enter_context(StopSignal())
+            self._saver = stack.enter_context(Saver(self.ctx, self.config.checkpoint_async))
             stack.callback(self._progress.close)
             stack.enter_context(_kept_requires_grad(self.model))
             self._stopping = False
             self._pending.clear()
+            self._best_due = None
             self._resume()
             with main_only_errors(self.ctx) as main:
                 if main:
@@ -202,8 +211,10 @@ class Trainer:
                 self.model.compile(dynamic=True)
             while self.state.phase < len(self.phases):
                 if not self._run_phase():
+                    self._saver.wait()
                     self._progress.note(f"saved at step {self.state.step}; the same command resumes")
                     return self._result("stopped")
+            self._saver.wait()
             self._load_best()
             return self._result("done")
 
@@ -281,11 +292,13 @@ class Trainer:
         run.engine.close()
         if self.evaluate is None:
             state.best.update(state.step, {}, None)
-            self._save_best()
-        elif self.config.early_stopping is not None:
+            self._best_due = (state.step, {})
+        elif self.config.early_stopping is not None and self._best_due is None:
+            self._saver.wait()
             self._load_best()
         state.phase += 1
         state.window = Counts()
+        self._watch.line()
         if state.phase < len(self.phases):
             state.phase_step = state.epoch = state.index = 0
             state.best = Best()
@@ -303,9 +316,10 @@ class Trainer:
         stop = min(count, state.index + (run.total_steps - state.phase_step) * config.accumulate)
         first, step, epoch = state.index, state.step, state.epoch
         keys = ((epoch, i, step + (i - first) // config.accumulate) for i in range(first, stop))
-        sync_every = 1 if self.ctx.device.type == "cpu" else min(_SYNC_EVERY_STEPS, config.log_every_steps)
+        sync_every = min(_sync_every(self.ctx.device), config.log_every_steps)
         self._mark = time.perf_counter()
-        with prefetch(self._make_batch, keys) as batches:
+        with prefetch(self._make_batch, keys) as made:
+            batches = self._waited.over(made)
             while state.index < stop and not self._stopping:
                 self._step(run, batches, min(config.accumulate, count - state.index))
                 over = state.index == stop
@@ -357,35 +371,37 @@ class Trainer:
         state.step += 1
         state.phase_step += 1
         state.index += num_batches
-        self._pending.append((state.step, result))
+        self._pending.append(Taken(context, state.index - num_batches, num_batches, result))
 
     def _flush(self, run: _PhaseRun) -> None:
         """Reads the steps since the last flush from the device, checks, counts; agrees on stopping."""
         pending, self._pending = self._pending, []
         if not pending:
             return
-        results = [result for _, result in pending]
+        results = [taken.result for taken in pending]
         rows = torch.stack([torch.cat([r.sums, r.grad_norm.double().reshape(1)]) for r in results]).tolist()
-        local = [
-            self._stop.requested,
-            *(sum(getattr(r, n) for r in results) for n in ("tokens", "pairs", "forward_flops")),
-        ]
-        stopping, tokens, pairs, flops = sum_integers(local, self.ctx)
+        spent = time.perf_counter() - self._mark
+        told = self._watch.numbers([result.work for result in results], spent, self._waited)
+        everybody = gather_integers([self._stop.requested, self._saver.failed, *told], self.ctx)
+        stopping, failed = (sum(told[place] for told in everybody) for place in (0, 1))
+        if failed:
+            self._saver.wait()  # which raises on every rank what it met on one
+        done = self._watch.add([told[2:] for told in everybody])
         now = time.perf_counter()
-        for (step, result), (loss, weight, *parts, norm) in zip(pending, rows, strict=True):
+        for taken, (loss, weight, *parts, norm) in zip(pending, rows, strict=True):
             if not (math.isfinite(loss) and math.isfinite(weight) and math.isfinite(norm)):
-                self._refuse(step, loss / weight if weight else loss, norm)
+                self._refuse(run, taken, loss / weight if weight else loss, norm)
             for counts in (self.state.window, self.state.total):
                 counts.steps += 1
                 counts.loss += loss
                 counts.weight += weight
-                for name, value in zip(result.parts, parts, strict=True):
+                for name, value in zip(taken.result.parts, parts, strict=True):
                     counts.parts[name] = counts.parts.get(name, 0.0) + value
             self._grad_norm = norm
         for counts in (self.state.window, self.state.total):
-            counts.tokens += tokens
-            counts.pairs += pairs
-            counts.forward_flops += flops
+            counts.tokens += done["tokens"]
+            counts.pairs += done["pairs"]
+            counts.forward_flops += done["forward_flops"]
             counts.seconds += now - self._mark
         self._mark = now
         self._stopping = stopping > 0
@@ -393,11 +409,22 @@ class Trainer:
         pace = window.seconds / max(1, window.steps)
         self._progress.step(state.phase_step, run.total_steps, state.epoch, window.mean_loss, window.tokens_per_s, pace)
 
-    def _refuse(self, step: int, loss: float, norm: float) -> None:
+    def _refuse(self, run: _PhaseRun, taken: Taken, loss: float, norm: float) -> None:
+        step, first, config = taken.context.step, taken.index, self.config
+        batches = [self.loader.batch(taken.context.epoch, first + i, step) for i in range(taken.num_batches)]
+        known = self.folder.config.exists()
+        facts = {
+            "bf16": config.precision == "bf16",
+            "loss": loss,
+            "grad_norm": norm,
+            "config_hash": read_hash(self.folder.config) if known else config_hash(config),
+        }
+        with run.engine.whole():
+            kept = keep_evidence(self.folder.diverged, self.model, run.phase, taken, batches, facts, self.ctx)
         precision = ", or use precision fp32" if self.config.precision == "bf16" else ""
         raise Diverged(
-            f"training diverged at step {step}: loss {loss}, gradient norm {norm}; lower optimizer.lr "
-            f"(now {self.config.optimizer.lr}), set clip_norm (now {self.config.clip_norm}) to 1.0{precision}"
+            f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}; lower optimizer.lr "
+            f"(now {self.config.optimizer.lr}), set clip_norm (now {self.config.clip_norm}) to 1.0{precision}; {kept}"
         )
 
     def _write_line(self, run: _PhaseRun) -> None:
@@ -418,6 +445,7 @@ class Trainer:
             }
             if window.parts:
                 line["parts"] = {name: value / (window.weight or 1.0) for name, value in window.parts.items()}
+            line |= self._watch.line()
             self._record(line)
         state.window = Counts()
 
@@ -453,7 +481,7 @@ class Trainer:
         state.evaluation = metrics
         kept = state.best.update(state.step, metrics, selection)
         if kept:
-            self._save_best()
+            self._best_due = (state.step, dict(metrics))
         brief = {selection.metric if selection else "", "hr@10", "ndcg@10"} & metrics.keys() or metrics.keys()
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in brief)
         star = "  best so far" if kept and selection is not None else ""
@@ -466,30 +494,33 @@ class Trainer:
     # Saving and resuming ------------------------------------------------------------------------------------
 
     def _save(self, engine: Engine | None) -> None:
+        """A checkpoint, and the weights to keep if these are they."""
         assert not self._pending, "steps must be checked before they are saved"
-        payload = {
-            "format": FORMAT,
-            "fingerprint": self._fingerprint,
-            "optimizer": None if engine is None else engine.state_dict(),
-            "state": self.state.to_dict(),
-        }
-        with contextlib.nullcontext() if engine is None else engine.whole():
-            save_step(self.model, self.folder.checkpoints, self.state.step, payload, self.config.keep_last, self.ctx)
+        header = {"format": FORMAT, "fingerprint": self._fingerprint, "state": self.state.to_dict()}
+        folder, step, keep_last = self.folder, self.state.step, self.config.keep_last
+        best, self._best_due = self._best_due, None
 
-    def _save_best(self) -> None:
-        save_best(self.model, self.folder.best, self.state.best.step, self.state.best.metrics, self.ctx)
+        def write(state: State, ctx: ProcessContext) -> None:
+            if best is not None:
+                write_best(state, folder.best, *best, ctx)
+            write_step(state, folder.checkpoints, step, header, keep_last, ctx)
+
+        with contextlib.nullcontext() if engine is None else engine.whole():
+            self._saver.submit(gather(self.model, engine, self.ctx), write)
 
     def _load_best(self) -> None:
-        finished = self.state.phase >= len(self.phases)
+        finished, best = self.state.phase >= len(self.phases), self.state.best
         if finished and not broadcast_object(self.folder.best.exists(), self.ctx):
-            self._save_best()  # removed by hand; a finished run's last checkpoint holds the same weights
+            # Removed by hand; a finished run's last checkpoint holds the same weights.
+            write_best(gather(self.model, None, self.ctx), self.folder.best, best.step, best.metrics, self.ctx)
         load_weights(self.model, self.folder.best, self.ctx.device, self.ctx)
 
     def _resume(self) -> None:
-        path = find_together(lambda: find_checkpoint(self.folder.checkpoints), self.ctx)
-        if path is None:
+        found = find_checkpoint(self.folder.checkpoints, self.ctx)
+        if found.path is None:
             self.state = TrainState()
             return
+        path = found.path / STATE
         payload = load_torch(path, self.ctx.device)
         if payload.get("format") != FORMAT:
             raise UserError(f"checkpoint {path} has format {payload.get('format')}; this version reads format {FORMAT}")
@@ -500,8 +531,18 @@ class Trainer:
         restore(self.model, payload, path, self.ctx, sums=True)
         self._optimizer_state = payload["optimizer"]
         self.state = TrainState.from_dict(payload["state"])
+        self._set_aside(found.damaged)
         if self.state.phase < len(self.phases):
             self._progress.note(f"resuming from step {self.state.step}")
+
+    def _set_aside(self, damaged: Mapping[Path, str]) -> None:
+        with main_only_errors(self.ctx) as main:
+            for path, wrong in damaged.items() if main else ():
+                kept = set_aside(path)
+                self._progress.note(
+                    f"warning: checkpoint {path} is damaged ({wrong}); it is kept as {kept.name}, and training goes on "
+                    f"from the one before, step {self.state.step}"
+                )
 
     def _result(self, status: str) -> TrainResult:
         state = self.state
@@ -514,6 +555,10 @@ class Trainer:
             state.total.mean_loss,
             state.total,
         )
+
+
+def _sync_every(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else _SYNC_EVERY_STEPS
 
 
 def _check_own_tables(tables: Any, config: TrainConfig) -> None:

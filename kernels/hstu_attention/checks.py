@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gr.kernels.hstu_attention.time_buckets import LARGEST_EXACT
-from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias, divisor_by_query
+from gr.kernels.hstu_attention.types import Arguments, Divisor, Mask, RelativeBias, divisor_by_query
 
 CHECKED_VARIABLE = "GR_CHECKED"
 INTEGERS = (torch.int64, torch.int32)
@@ -29,65 +29,40 @@ def checked_mode() -> bool:
     return value == "1"
 
 
-def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor | None,
-    *,
-    max_seq_len: int,
-    divisor: Divisor,
-    alpha: float,
-    mask: Mask,
-    bias: RelativeBias | None,
-) -> None:
+def check_arguments(call: Arguments) -> None:
     """Refuses arguments that are wrong or do not fit each other.
-
-    Shapes as in :func:`gr.kernels.hstu_attention.op.hstu_attention`.
 
     Raises:
         ValueError: An argument is wrong; the message starts with its name.
     """
-    _check_tensors(q, k, v, q_offsets, kv_offsets)
-    _check_mask(mask, q_offsets)
-    if not _is_number(alpha):
-        raise ValueError(f"alpha must be a finite number, got {alpha!r}")
-    if not _is_integer(max_seq_len) or max_seq_len < 0:
-        raise ValueError(f"max_seq_len must be an integer >= 0, got {max_seq_len!r}")
-    if bias is not None:
-        _check_bias(bias, q, k, max_seq_len)
-    _check_divisor(divisor, q, q_offsets)
+    _check_tensors(call)
+    _check_mask(call.mask, call.q_offsets)
+    if not _is_number(call.alpha):
+        raise ValueError(f"alpha must be a finite number, got {call.alpha!r}")
+    if not _is_integer(call.max_seq_len) or call.max_seq_len < 0:
+        raise ValueError(f"max_seq_len must be an integer >= 0, got {call.max_seq_len!r}")
+    if call.bias is not None:
+        _check_bias(call.bias, call.q, call.k, call.max_seq_len)
+    _check_divisor(call.divisor, call.q, call.q_offsets)
 
 
-def check_contents(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor | None,
-    *,
-    max_seq_len: int,
-    divisor: Divisor,
-    mask: Mask,
-    bias: RelativeBias | None,
-    **_: Any,
-) -> None:
+def check_contents(call: Arguments) -> None:
     """Refuses what the tensors of otherwise right arguments hold; compiled code cannot do this while it is traced.
 
     Raises:
         ValueError: An argument is wrong; the message starts with its name.
     """
+    q, k, q_offsets, kv_offsets, bias = call.q, call.k, call.q_offsets, call.kv_offsets, call.bias
     deep = checked_mode()
     if deep or q.device.type == "cpu":
         _check_offsets("q_offsets", q_offsets, q.shape[0])
         if kv_offsets is not None:
             _check_offsets("kv_offsets", kv_offsets, k.shape[0])
-        _check_lengths(q_offsets, kv_offsets, max_seq_len, mask)
-        if isinstance(divisor, Tensor):
-            _check_divisor_values(divisor, q_offsets, q.shape[0])
+        _check_lengths(q_offsets, kv_offsets, call.max_seq_len, call.mask)
+        if isinstance(call.divisor, Tensor):
+            _check_divisor_values(call.divisor, q_offsets, q.shape[0])
     if deep:
-        _check_finite(q, k, v, bias)
+        _check_finite(q, k, call.v, bias)
         if bias is not None and bias.time_table is not None:
             _check_times(bias.query_times, bias.key_times)
 
@@ -106,7 +81,8 @@ def _describe(value: Any) -> str:
     return f"{tuple(value.shape)} of {value.dtype} on {value.device}"
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, kv_offsets: Tensor | None) -> None:
+def _check_tensors(call: Arguments) -> None:
+    q, k, v, q_offsets, kv_offsets = call.q, call.k, call.v, call.q_offsets, call.kv_offsets
     named = {"q": q, "k": k, "v": v, "q_offsets": q_offsets}
     if kv_offsets is not None:
         named["kv_offsets"] = kv_offsets

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gr.kernels.hstu_attention.cpu_plan import Detail, Group, Layout, Plan, Request, Tile, plan_for
-from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias, divisor_by_query
+from gr.kernels.hstu_attention.types import Arguments, Divisor, RelativeBias, divisor_by_query
 from gr.kernels.native import has_bf16_units
 
 
@@ -29,50 +29,28 @@ class Block(NamedTuple):
     value: Tensor
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor | None,
-    *,
-    max_seq_len: int,
-    divisor: Divisor,
-    alpha: float,
-    mask: Mask,
-    bias: RelativeBias | None,
-) -> Tensor:
-    """``(T_q, H, d_v)``; arguments as in :func:`gr.kernels.hstu_attention.op.hstu_attention`, checked."""
-    plan = _plan(q, q_offsets, kv_offsets, mask, bias)
-    table = _Tables(bias, plan, q)
-    padded = _padded(q, k, v, alpha, plan)
+def forward(call: Arguments) -> Tensor:
+    """``(T_q, H, d_v)`` of checked arguments."""
+    q, v = call.q, call.v
+    plan = _plan(call)
+    table = _Tables(call.bias, plan, q)
+    padded = _padded(call, plan)
     out = padded[0].new_zeros((plan.queries.sources.shape[0], v.shape[2]))
     for block in _blocks(plan, *padded):
         weights = _hide(F.silu(table.scores(block), inplace=True), block.detail)
         _queries(out, block.tile, plan).copy_(torch.bmm(weights.to(out.dtype), block.value))
-    return _divide(out.index_select(0, plan.queries.slots).view(q.shape[0], *v.shape[1:]), divisor, plan).to(v.dtype)
+    out = out.index_select(0, plan.queries.slots).view(q.shape[0], *v.shape[1:])
+    return _divide(out, call.divisor, plan).to(v.dtype)
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor | None,
-    *,
-    max_seq_len: int,
-    divisor: Divisor,
-    alpha: float,
-    mask: Mask,
-    bias: RelativeBias | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def backward(grad: Tensor, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, the position table and the time table (None where there is none)."""
-    plan = _plan(q, q_offsets, kv_offsets, mask, bias)
-    table = _Tables(bias, plan, q)
-    padded = _padded(q, k, v, alpha, plan)
+    q, k, v = call.q, call.k, call.v
+    plan = _plan(call)
+    table = _Tables(call.bias, plan, q)
+    padded = _padded(call, plan)
     product, exact = padded[0].dtype, _accumulator(q)
-    grads = _pad(_divide(grad.to(exact), divisor, plan).to(product), plan.queries)
+    grads = _pad(_divide(grad.to(exact), call.divisor, plan).to(product), plan.queries)
     d_query, d_key, d_value = (torch.zeros(t.shape, dtype=exact) for t in padded)
     for block in _blocks(plan, *padded):
         tile, detail = block.tile, block.detail
@@ -88,26 +66,26 @@ def backward(
         _queries(d_query, tile, plan).copy_(torch.bmm(d_scores, block.key))
         _add_product(_keys(d_key, tile.group, detail, plan), d_scores.transpose(1, 2), block.query)
     return (
-        d_query.index_select(0, plan.queries.slots).mul_(alpha).view(q.shape).to(q.dtype),
+        d_query.index_select(0, plan.queries.slots).mul_(call.alpha).view(q.shape).to(q.dtype),
         d_key.index_select(0, plan.keys.slots).view(k.shape).to(k.dtype),  # alpha is in the padded queries
         d_value.index_select(0, plan.keys.slots).view(v.shape).to(v.dtype),
         *table.gradients(),
     )
 
 
-def _plan(q: Tensor, q_offsets: Tensor, kv_offsets: Tensor | None, mask: Mask, bias: RelativeBias | None) -> Plan:
-    bias = bias or RelativeBias()
+def _plan(call: Arguments) -> Plan:
+    mask, bias = call.mask, call.bias or RelativeBias()
     timed, placed = bias.time_table is not None, bias.position_table is not None
     # Without context and targets the clamped ids are the tokens' indices. In the delta form a row's queries begin
     # anywhere, so that their distances to the keys are no Toeplitz matrix of the block.
     clamped = bias.position_ids == "target_clamped" and not (mask.num_contextual is None and mask.num_targets is None)
-    by_pair = placed and (clamped or kv_offsets is not None)
+    by_pair = placed and (clamped or call.kv_offsets is not None)
     return plan_for(
         Request(
-            q_offsets=q_offsets,
-            kv_offsets=kv_offsets,
+            q_offsets=call.q_offsets,
+            kv_offsets=call.kv_offsets,
             mask=mask,
-            num_heads=q.shape[1],
+            num_heads=call.q.shape[1],
             num_buckets=bias.time_table.shape[-1] if timed else None,
             bucket_width=bias.bucket_width if timed else 0.0,
             query_times=bias.query_times if timed else None,
@@ -129,13 +107,13 @@ def _product(q: Tensor) -> torch.dtype:
     return _accumulator(q)
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, alpha: float, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    product = _product(q)
-    query = (q.to(_accumulator(q)) * alpha).to(product) if alpha != 1.0 else q.to(product)
+def _padded(call: Arguments, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    q, product = call.q, _product(call.q)
+    query = (q.to(_accumulator(q)) * call.alpha).to(product) if call.alpha != 1.0 else q.to(product)
     return (
         _pad(query, plan.queries),
-        _pad(k.to(product), plan.keys),
-        _pad(v.to(product), plan.keys),
+        _pad(call.k.to(product), plan.keys),
+        _pad(call.v.to(product), plan.keys),
     )
 
 

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from gr.kernels.hstu_attention import cpu, native
 from gr.kernels.hstu_attention.checks import check_contents
-from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias
+from gr.kernels.hstu_attention.types import Arguments, Mask, RelativeBias
 from gr.kernels.registration import op
 
 
-def _triton_forward(*args, **kwargs) -> Tensor:
+def _triton_forward(call: Arguments) -> Tensor:
     from gr.kernels.hstu_attention import triton_launch  # imports triton: only where it is asked for
 
-    return triton_launch.forward(*args, **kwargs)
+    return triton_launch.forward(call)
 
 
-def _triton_backward(*args, **kwargs) -> tuple:
+def _triton_backward(grad: Tensor, call: Arguments) -> tuple:
     from gr.kernels.hstu_attention import triton_launch
 
-    return triton_launch.backward(*args, **kwargs)
+    return triton_launch.backward(grad, call)
 
 
 BACKENDS = {
@@ -31,33 +31,19 @@ BACKENDS = {
     "native": (native.forward, native.backward),
     "triton": (_triton_forward, _triton_backward),
 }
-"""Name -> (forward, backward): functions of tensors that keep no graph."""
+"""Name -> (forward, backward) of :class:`Arguments`, which keep no graph."""
 
 
-def call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor | None,
-    *,
-    max_seq_len: int,
-    divisor: Divisor,
-    alpha: float,
-    mask: Mask,
-    bias: RelativeBias | None,
-    deterministic: bool,
-    backend: str,
-) -> Tensor:
+def call(a: Arguments, backend: str) -> Tensor:
     """Runs the registered op on checked arguments."""
-    bias = bias or RelativeBias()
+    mask, bias, divisor = a.mask, a.bias or RelativeBias(), a.divisor
     timed = bias.time_table is not None
     return _attention(
-        q,
-        k,
-        v,
-        q_offsets,
-        kv_offsets,
+        a.q,
+        a.k,
+        a.v,
+        a.q_offsets,
+        a.kv_offsets,
         divisor if isinstance(divisor, Tensor) else None,
         mask.num_contextual,
         mask.num_targets,
@@ -65,10 +51,10 @@ def call(
         bias.time_table,
         bias.query_times if timed else None,
         bias.key_times if timed else None,
-        [mask.window or 0, mask.full_tail or 0, mask.target_group or 0, int(mask.causal), max_seq_len],
-        [float(alpha), 0.0 if isinstance(divisor, Tensor | str) else float(divisor), float(bias.bucket_width)],
+        [mask.window or 0, mask.full_tail or 0, mask.target_group or 0, int(mask.causal), a.max_seq_len],
+        [float(a.alpha), 0.0 if isinstance(divisor, Tensor | str) else float(divisor), float(bias.bucket_width)],
         bias.position_ids,
-        deterministic,
+        a.deterministic,
         backend,
     )
 
@@ -95,10 +81,10 @@ def _attention(
 ) -> Tensor:
     tensors = (divisor, num_contextual, num_targets, position_table, time_table, query_times, key_times)
     forward, _ = BACKENDS[backend]
-    arguments = _gather(tensors, integers, numbers, position_ids)
-    check_contents(q, k, v, q_offsets, kv_offsets, **arguments)
+    arguments = _gather((q, k, v, q_offsets, kv_offsets), tensors, integers, numbers, position_ids, deterministic)
+    check_contents(arguments)
     with torch.autocast(q.device.type, enabled=False):  # the dtype of q decides, not the surroundings
-        return forward(q, k, v, q_offsets, kv_offsets, **arguments)
+        return forward(arguments)
 
 
 @_attention.register_fake
@@ -129,11 +115,9 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (divisor, num_contextual, num_targets, position_table, time_table, query_times, key_times)
     _, backward = BACKENDS[backend]
-    arguments = _gather(tensors, integers, numbers, position_ids)
-    if backend == "triton":  # the others know one way only, and that one is deterministic
-        arguments["deterministic"] = deterministic
+    arguments = _gather((q, k, v, q_offsets, kv_offsets), tensors, integers, numbers, position_ids, deterministic)
     with torch.autocast(q.device.type, enabled=False):
-        found = backward(grad, q, k, v, q_offsets, kv_offsets, **arguments)
+        found = backward(grad, arguments)
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
@@ -165,8 +149,11 @@ def _backward(ctx, grad: Tensor):
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _gather(tensors: tuple, integers: list[int], numbers: list[float], position_ids: str) -> dict:
-    """Keyword arguments of a backend."""
+def _gather(
+    rows: tuple, tensors: tuple, integers: list[int], numbers: list[float], position_ids: str, deterministic: bool
+) -> Arguments:
+    """What was spread out, together again."""
+    q, k, v, q_offsets, kv_offsets = rows
     divisor, num_contextual, num_targets, position_table, time_table, query_times, key_times = tensors
     window, full_tail, target_group, causal, max_seq_len = integers
     alpha, number, bucket_width = numbers
@@ -189,5 +176,16 @@ def _gather(tensors: tuple, integers: list[int], numbers: list[float], position_
         num_targets=num_targets,
         target_group=target_group or None,
     )
-    given: Divisor = divisor if divisor is not None else (number or "visible")
-    return {"max_seq_len": max_seq_len, "divisor": given, "alpha": alpha, "mask": mask, "bias": bias}
+    return Arguments(
+        q=q,
+        k=k,
+        v=v,
+        q_offsets=q_offsets,
+        kv_offsets=kv_offsets,
+        max_seq_len=max_seq_len,
+        divisor=divisor if divisor is not None else (number or "visible"),
+        alpha=alpha,
+        mask=mask,
+        bias=bias,
+        deterministic=deterministic,
+    )

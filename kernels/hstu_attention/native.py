@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gr.kernels import native
 from gr.kernels.hstu_attention.time_buckets import edge_tensor
-from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias, divisor_by_query
+from gr.kernels.hstu_attention.types import Arguments, RelativeBias, divisor_by_query
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _SLACK = 16  # entries behind a position table that a vector load may touch
@@ -45,61 +45,36 @@ def library() -> ctypes.CDLL | None:
     return native.load(_SOURCE)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor | None,
-    *,
-    max_seq_len: int,
-    divisor: Divisor,
-    alpha: float,
-    mask: Mask,
-    bias: RelativeBias | None,
-) -> Tensor:
-    """``(T_q, H, d_v)``; arguments as in :func:`gr.kernels.hstu_attention.op.hstu_attention`, checked."""
-    call = _Arguments(q, k, v, q_offsets, kv_offsets, max_seq_len, divisor, alpha, mask, bias)
-    out = q.new_empty((q.shape[0], *v.shape[1:]), dtype=torch.float32)
-    library().hstu_attention_forward(ctypes.byref(call.struct), _POINTER(_address(out)))
-    return out.to(v.dtype)
+def forward(call: Arguments) -> Tensor:
+    """``(T_q, H, d_v)`` of checked arguments."""
+    held = _Held(call)
+    out = call.q.new_empty((call.q.shape[0], *call.v.shape[1:]), dtype=torch.float32)
+    library().hstu_attention_forward(ctypes.byref(held.struct), _POINTER(_address(out)))
+    return out.to(call.v.dtype)
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor | None,
-    *,
-    max_seq_len: int,
-    divisor: Divisor,
-    alpha: float,
-    mask: Mask,
-    bias: RelativeBias | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def backward(grad: Tensor, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, the position table and the time table (None where there is none)."""
-    call = _Arguments(q, k, v, q_offsets, kv_offsets, max_seq_len, divisor, alpha, mask, bias)
+    q, k, v, bias, held = call.q, call.k, call.v, call.bias, _Held(call)
     grad = grad.float().contiguous()
     # Rows without queries are not visited, and their keys have no gradient.
-    make = torch.empty if kv_offsets is None else torch.zeros
+    make = torch.empty if call.kv_offsets is None else torch.zeros
     d_q, d_k, d_v = (make(t.shape, dtype=torch.float32) for t in (q, k, v))
-    tables = [torch.zeros(t.shape, dtype=torch.float64) for t in (call.position, call.time)]
-    tables[0] = tables[0][:, : call.struct.position_entries].contiguous()
+    tables = [torch.zeros(t.shape, dtype=torch.float64) for t in (held.position, held.time)]
+    tables[0] = tables[0][:, : held.struct.position_entries].contiguous()
     library().hstu_attention_backward(
-        ctypes.byref(call.struct), *(_POINTER(_address(t)) for t in (grad, d_q, d_k, d_v, *tables))
+        ctypes.byref(held.struct), *(_POINTER(_address(t)) for t in (grad, d_q, d_k, d_v, *tables))
     )
     d_position = d_time = None
     if bias is not None and bias.position_table is not None:
-        d_position = _fold(tables[0], call.extra).to(bias.position_table.dtype).view(bias.position_table.shape)
+        d_position = _fold(tables[0], held.extra).to(bias.position_table.dtype).view(bias.position_table.shape)
     if bias is not None and bias.time_table is not None:
         d_time = tables[1].to(bias.time_table.dtype).view(bias.time_table.shape)
     return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), d_position, d_time
 
 
-class _Arguments:
-    """A call's struct, and the tensors that it points into.
+class _Held:
+    """A call as a struct, and the tensors that it points into.
 
     Attributes:
         struct: What the compiled functions take.
@@ -108,8 +83,9 @@ class _Arguments:
         time: ``(1 or H, num_buckets)`` float32; empty if none.
     """
 
-    def __init__(self, q, k, v, q_offsets, kv_offsets, max_seq_len, divisor, alpha, mask, bias) -> None:
-        bias = bias or RelativeBias()
+    def __init__(self, call: Arguments) -> None:
+        q, k, v, q_offsets, kv_offsets = call.q, call.k, call.v, call.q_offsets, call.kv_offsets
+        mask, bias, divisor = call.mask, call.bias or RelativeBias(), call.divisor
         self.extra = 0
         self.position = self.time = torch.empty((0, 0), dtype=torch.float32)
         if bias.position_table is not None:
@@ -153,7 +129,7 @@ class _Arguments:
             v=_address(v),
             **{f"{name}_token": t.stride(0) for name, t in zip("qkv", (q, k, v), strict=True)},
             **{f"{name}_head": t.stride(1) for name, t in zip("qkv", (q, k, v), strict=True)},
-            alpha=alpha,
+            alpha=call.alpha,
             causal=mask.causal,
             window=mask.window or 0,
             full_tail=mask.full_tail or 0,

@@ -11,7 +11,7 @@ from torch import Tensor
 from gr.kernels.hstu_attention import library, native
 from gr.kernels.hstu_attention.checks import check_arguments, check_contents
 from gr.kernels.hstu_attention.reference import hstu_attention_reference
-from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias
+from gr.kernels.hstu_attention.types import Arguments, Divisor, Mask, RelativeBias
 
 BACKENDS = ("reference", *library.BACKENDS)
 ENVIRONMENT_VARIABLE = "GR_HSTU_BACKEND"
@@ -68,29 +68,29 @@ def hstu_attention(
             counts, divisors) is looked at on the CPU only, where it costs no synchronisation; the environment variable
             GR_CHECKED=1 has everything looked at on every device, values included.
     """
-    mask = Mask() if mask is None else mask
-    check_arguments(
-        q,
-        k,
-        v,
-        q_offsets,
-        kv_offsets,
+    call = Arguments(
+        q=q,
+        k=k,
+        v=v,
+        q_offsets=q_offsets,
+        kv_offsets=kv_offsets,
         max_seq_len=max_seq_len,
         divisor=divisor,
         alpha=alpha,
-        mask=mask,
+        mask=Mask() if mask is None else mask,
         bias=bias,
+        deterministic=deterministic,
     )
+    check_arguments(call)
     name = choose_backend(backend, q.device.type, q.dtype)
     if deterministic and q.device.type != "cpu" and name != "triton":
         raise ValueError("deterministic must be False off the CPU for the reference: it adds gradients atomically")
-    arguments = {"max_seq_len": max_seq_len, "divisor": divisor, "alpha": alpha, "mask": mask, "bias": bias}
     if name != "reference":
-        return library.call(q, k, v, q_offsets, kv_offsets, **arguments, deterministic=deterministic, backend=name)
+        return library.call(call, name)
     if not torch.compiler.is_compiling():
-        check_contents(q, k, v, q_offsets, kv_offsets, **arguments)
+        check_contents(call)
     with torch.autocast(q.device.type, enabled=False):  # the dtype of q decides, not the surroundings
-        return hstu_attention_reference(q, k, v, q_offsets, kv_offsets, **arguments)
+        return hstu_attention_reference(call)
 
 
 def has_triton() -> bool:

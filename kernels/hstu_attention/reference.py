@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gr.kernels.hstu_attention.time_buckets import time_bucket
-from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias, divisor_by_query
+from gr.kernels.hstu_attention.types import Arguments, Mask, divisor_by_query
 
 
 class _Rows(NamedTuple):
@@ -127,31 +127,20 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
     return torch.stack(heads, dim=1) if len(heads) > 1 else heads[0][:, None]
 
 
-def hstu_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor | None,
-    *,
-    max_seq_len: int,
-    divisor: Divisor,
-    alpha: float,
-    mask: Mask,
-    bias: RelativeBias | None,
-) -> Tensor:
+def hstu_attention_reference(call: Arguments) -> Tensor:
     """``out_i = (1 / divisor_i) * sum_j m_ij SiLU(alpha q_i . k_j + bias_ij) v_j`` for checked arguments.
 
     Shapes as in :func:`gr.kernels.hstu_attention.op.hstu_attention`.
     """
-    delta = kv_offsets is not None
-    queries = _rows(q_offsets, max_seq_len)
-    keys = _rows(kv_offsets, max_seq_len) if delta else queries
+    q, k, v, mask, bias, divisor = call.q, call.k, call.v, call.mask, call.bias, call.divisor
+    delta = call.kv_offsets is not None
+    queries = _rows(call.q_offsets, call.max_seq_len)
+    keys = _rows(call.kv_offsets, call.max_seq_len) if delta else queries
     q_slots = queries.slots(q.shape[0])
     k_slots = keys.slots(k.shape[0]) if delta else q_slots
     q_pos, k_pos = _positions(queries, keys, delta)
 
-    padded_q = queries.pad(q * alpha, q_slots).transpose(1, 2)  # (B, H, N_q, d_qk)
+    padded_q = queries.pad(q * call.alpha, q_slots).transpose(1, 2)  # (B, H, N_q, d_qk)
     padded_k = keys.pad(k, k_slots).transpose(1, 2)
     padded_v = keys.pad(v, k_slots).transpose(1, 2)
 

@@ -13,7 +13,7 @@ from gr.kernels.hstu_attention import triton_tiles
 from gr.kernels.hstu_attention.time_buckets import edge_tensor
 from gr.kernels.hstu_attention.triton_kernels import key_kernel, query_kernel
 from gr.kernels.hstu_attention.triton_packed import packed_kernel
-from gr.kernels.hstu_attention.types import Divisor, Mask, RelativeBias
+from gr.kernels.hstu_attention.types import Arguments, RelativeBias
 
 # Asked where kernels are decorated, for that is what decides. The interpreter has no inline assembly.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -23,9 +23,9 @@ FIXED_BITS = 61
 """Of a sum in integers, which is never longer."""
 
 
-def forward(*arguments: Any, **options: Any) -> Tensor:
-    """``(T_q, H, d_v)``; arguments as in :func:`gr.kernels.hstu_attention.op.hstu_attention`, checked."""
-    call = _Call(*arguments, **options)
+def forward(arguments: Arguments) -> Tensor:
+    """``(T_q, H, d_v)`` of checked arguments."""
+    call = _Call(arguments)
     out = call.q.new_empty((*call.q.shape[:2], call.v.shape[2]), dtype=call.v.dtype)
     if not out.numel():
         return out
@@ -37,18 +37,12 @@ def forward(*arguments: Any, **options: Any) -> Tensor:
     return out
 
 
-def backward(
-    grad: Tensor, *arguments: Any, deterministic: bool = False, **options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def backward(grad: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, the position table and the time table (None where there is none).
 
-    Args:
-        grad: Of the output.
-        *arguments: As in :func:`forward`.
-        deterministic: The same bits in every run: dQ from a kernel of its own, tables summed in integers.
-        **options: As in :func:`forward`.
+    Deterministic, dQ has a kernel of its own, and the tables are summed in integers.
     """
-    call = _Call(*arguments, **options)
+    call, deterministic = _Call(arguments), arguments.deterministic
     # A head may be repeated (stride 0), as in the gradient of a sum.
     grad = _rows(grad.to(call.v.dtype))
     d_q, d_k, d_v = (t.new_empty(t.shape) for t in (call.q, call.k, call.v))
@@ -79,25 +73,15 @@ class _Call:
         number: The divisor if it is a number, else 1.
     """
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_offsets: Tensor,
-        kv_offsets: Tensor | None,
-        *,
-        max_seq_len: int,
-        divisor: Divisor,
-        alpha: float,
-        mask: Mask,
-        bias: RelativeBias | None,
-    ) -> None:
+    def __init__(self, arguments: Arguments) -> None:
+        q, k, v, mask, divisor = arguments.q, arguments.k, arguments.v, arguments.mask, arguments.divisor
+        q_offsets, kv_offsets, max_seq_len = arguments.q_offsets, arguments.kv_offsets, arguments.max_seq_len
         if max(q.shape[2], v.shape[2]) > triton_tiles.LARGEST_DIM:
             largest = triton_tiles.LARGEST_DIM
             raise ValueError(f"q, k and v must have at most {largest} columns a head for the triton backend")
         self.q, self.k, self.v = (_rows(t.detach()) for t in (q, k, v))
-        self.max_seq_len, self.bias, self.half_alpha = max_seq_len, bias or RelativeBias(), 0.5 * alpha
+        self.max_seq_len, self.half_alpha = max_seq_len, 0.5 * arguments.alpha
+        self.bias = arguments.bias or RelativeBias()
         self.q_offsets = q_offsets.contiguous()
         self.delta = kv_offsets is not None
         self.k_offsets = kv_offsets.contiguous() if self.delta else self.q_offsets

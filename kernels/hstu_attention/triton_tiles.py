@@ -130,15 +130,15 @@ _SHIPPED: dict[int, dict[tuple[str, bool, bool | None], tuple[_Sizes, ...]]] = {
     # compute the scores. Biases take registers for times, two a pair.
     80: {
         ("forward", True, False): (*((128, 64, 4, 2),) * 3, (128, 64, 8, 2), (32, 32, 4, 1)),
-        ("forward", True, True): (*((64, 32, 4, 2),) * 3, (64, 32, 8, 1), (32, 32, 4, 1)),
+        ("forward", True, True): (*((64, 32, 4, 2),) * 3, (32, 32, 4, 1), (32, 32, 4, 1)),
         ("backward_query", True, False): (*((64, 64, 4, 2),) * 3, (64, 32, 4, 2), (32, 32, 4, 1)),
-        ("backward_query", True, True): (*((64, 32, 4, 2),) * 3, (64, 16, 4, 1), (32, 32, 4, 1)),
-        ("backward", True, False): (*((64, 64, 8, 2),) * 4, (32, 32, 8, 1)),
-        ("backward", True, True): (*((32, 32, 8, 1),) * 3, (32, 16, 4, 1), (16, 16, 8, 1)),
+        ("backward_query", True, True): (*((64, 32, 4, 2),) * 3, (32, 32, 4, 1), (32, 32, 4, 1)),
+        ("backward", True, False): (*((32, 64, 4, 2),) * 3, (64, 64, 8, 2), (32, 16, 4, 1)),
+        ("backward", True, True): (*((32, 32, 4, 1),) * 3, (32, 16, 4, 1), (32, 16, 8, 1)),
         ("forward_packed", True, False): (*((64, 64, 4, 1),) * 4, (64, 64, 8, 1)),
-        ("forward_packed", True, True): (*((64, 64, 8, 1),) * 3, (32, 32, 4, 1), (64, 64, 8, 1)),
+        ("forward_packed", True, True): (*((32, 32, 4, 1),) * 4, (64, 64, 8, 1)),
         ("backward_packed", True, False): (*((64, 64, 4, 1),) * 3, (64, 64, 8, 1), (32, 32, 4, 1)),
-        ("backward_packed", True, True): (*((32, 32, 8, 1),) * 4, (32, 32, 4, 1)),
+        ("backward_packed", True, True): (*((32, 32, 2, 1),) * 3, (32, 32, 8, 1), (32, 32, 4, 1)),
         **_FLOATS,
     },
     90: {

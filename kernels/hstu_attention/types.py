@@ -1,4 +1,4 @@
-"""The operator's arguments that are more than a tensor: mask, relative bias, divisor."""
+"""The operator's arguments that are more than a tensor (mask, relative bias, divisor), and all of them together."""
 
 from __future__ import annotations
 
@@ -62,6 +62,26 @@ class RelativeBias:
     query_times: Tensor | None = None
     bucket_width: float = 0.301
     position_ids: Literal["index", "target_clamped"] = "index"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arguments:
+    """One call of the operator: what its checks, its definition and every backend take.
+
+    Attributes as the arguments of :func:`gr.kernels.hstu_attention.op.hstu_attention`, defaults filled in.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_offsets: Tensor
+    kv_offsets: Tensor | None = None
+    max_seq_len: int
+    divisor: Divisor
+    alpha: float
+    mask: Mask
+    bias: RelativeBias | None = None
+    deterministic: bool = False
 
 
 def divisor_by_query(divisor: float | Tensor, q_lengths: Tensor, num_queries: int) -> float | Tensor:

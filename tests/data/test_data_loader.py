@@ -167,7 +167,7 @@ def test_costs_count_pairs_and_tokens(world) -> None:
     train = loader(world, LAYOUTS[1])
     batch = train.batch(0, 0)
     lengths = np.diff(batch.offsets)
-    expected = lengths * (lengths + 1) // 2 + 128 * lengths
+    expected = lengths * (lengths + 1) // 2 + 1024 * lengths
     assert train.costs(batch.rows["sample_key"].numpy()).tolist() == expected.tolist()
 
 

@@ -1,16 +1,16 @@
-"""A store on disk is whole or refused, and says the same whatever its shards."""
+"""A store on disk is whole or refused, and says the same whatever the chunks that it was written in."""
 
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from gr.data import store as stores
-from gr.data.store import Chunk, read_store, write_store
+from gr.data.store import NO_TIMES, Chunk, read_store, write_store
 from gr.errors import UserError
 
 LENGTHS = np.array([3, 1, 0, 4, 2])
@@ -50,18 +50,27 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[5], [1, 1, 1, 1, 1], [2, 3]])
-@pytest.mark.parametrize("shard", [1, 2, 50])
-def test_neither_chunks_nor_shards_change_the_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], shard: int
-) -> None:
+def test_chunks_do_not_change_the_content(tmp_path: Path, sizes: list[int]) -> None:
     write_store(tmp_path / "one", chunks([5]), items(7), {})
-    monkeypatch.setattr(stores, "SHARD_USERS", shard)
     write_store(tmp_path / "two", chunks(sizes), items(7), {})
+    for name in ("item_id.npy", "timestamp.npy", "manifest.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     one, two = read_store(tmp_path / "one"), read_store(tmp_path / "two")
-    assert one.manifest["content_hash"] == two.manifest["content_hash"]
-    assert len(two.manifest["shards"]) == -(-5 // shard)
     np.testing.assert_array_equal(one.offsets, two.offsets)
-    np.testing.assert_array_equal(one.columns["item_id"], two.columns["item_id"])
+    assert one.user_ids.equals(two.user_ids)
+
+
+def test_columns_are_mapped_and_plain_numpy_files(tmp_path: Path) -> None:
+    folder = write_store(tmp_path / "s", chunks([2, 3]), items(7), {})
+    for name, column in read_store(folder).columns.items():
+        assert isinstance(column.base.obj, mmap.mmap) and not column.flags.writeable
+        np.testing.assert_array_equal(np.load(folder / f"{name}.npy"), column)
+
+
+def test_a_log_without_events_is_read(tmp_path: Path) -> None:
+    empty = Chunk(pa.array(["a", "b"]), np.zeros(3, np.int64), {"item_id": np.zeros(0, np.int64)})
+    store = read_store(write_store(tmp_path / "s", [empty], items(7), {}))
+    assert store.num_events == 0 and store.num_users == 2 and store.columns["item_id"].size == 0
 
 
 def test_another_content_has_another_hash(tmp_path: Path) -> None:
@@ -78,7 +87,7 @@ def test_a_log_without_times_says_so(tmp_path: Path) -> None:
     del chunk.columns["timestamp"]
     write_store(tmp_path / "s", [chunk], items(7), {})
     store = read_store(tmp_path / "s")
-    assert store.manifest["caveats"] == [stores.NO_TIMES]
+    assert store.manifest["caveats"] == [NO_TIMES]
     with pytest.raises(UserError, match="time bias needs times"):
         store.require_times("a time bias")
 
@@ -99,8 +108,8 @@ def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
         write_store(tmp_path / "file" / "s", chunks([5]), items(7), {})
 
 
-@pytest.mark.parametrize("name", ["shard-00000.parquet", "items.parquet"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("name", ["item_id.npy", "users.parquet", "items.parquet"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "longer", "emptied"])
 def test_damage_is_refused(tmp_path: Path, name: str, damage: str) -> None:
     folder = write_store(tmp_path / "s", chunks([5]), items(7), {})
     file = folder / name
@@ -108,10 +117,12 @@ def test_damage_is_refused(tmp_path: Path, name: str, damage: str) -> None:
     if damage == "missing":
         file.unlink()
     elif damage == "truncated":
-        file.write_bytes(content[: len(content) // 2])
-    else:
-        content[len(content) // 5] ^= 0xFF  # inside the first pages' data
+        file.write_bytes(content[: -len(content) // 4])
+    elif damage == "flipped":
+        content[-1 if name.endswith(".npy") else len(content) // 5] ^= 0x01  # a number, or inside the first pages' data
         file.write_bytes(content)
+    else:
+        file.write_bytes(content + b"and more" if damage == "longer" else b"")
     with pytest.raises(UserError, match=f"{name}.*delete .* prepares it again"):
         read_store(folder)
 

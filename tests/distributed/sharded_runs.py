@@ -11,7 +11,7 @@ import torch
 from gr import config as configs
 from gr.distributed.process import ProcessContext
 from gr.training.assemble import assemble, open_data, train_loader
-from gr.training.phase import Phase
+from gr.training.phase import Hooks, Phase
 from gr.training.run_config import RunConfig
 from gr.training.trainer import Trainer
 
@@ -57,12 +57,14 @@ def run_config(folder: Path, run: str, sharding: str | None, **tables: Any) -> R
     return configs.from_dict(RunConfig, raw, run)
 
 
-def train(folder: Path, name: str, config: RunConfig, ctx: ProcessContext) -> Trainer:
+def train(folder: Path, name: str, config: RunConfig, ctx: ProcessContext, hooks: Hooks | None = None) -> Trainer:
     """Trains in ``folder/name``."""
     store, split = open_data(config)
     model = assemble(config, store, split, ctx)
     loader = train_loader(config, store, split, ctx)
-    trainer = Trainer(model, [Phase()], loader, None, config.train, ctx, folder / name, config.seed)
+    trainer = Trainer(
+        model, [Phase(hooks=hooks or Hooks())], loader, None, config.train, ctx, folder / name, config.seed
+    )
     trainer.fit()
     return trainer
 

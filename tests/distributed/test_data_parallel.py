@@ -16,6 +16,7 @@ from gr.distributed.process import (
     all_reduce_sum,
     barrier,
     broadcast_object,
+    gather_integers,
     main_only_errors,
     process,
     start,
@@ -67,6 +68,7 @@ def worker(rank: int, world: int, folder: str) -> None:
         # Collectives.
         assert all_reduce_sum(torch.tensor([rank + 1.0]), ctx).item() == 3.0
         assert sum_integers([2**80 + rank, -5, 0], ctx) == [2**81 + 1, -10, 0]
+        assert gather_integers([2**80 + rank, -5], ctx) == [[2**80, -5], [2**80 + 1, -5]]
         assert broadcast_object({"rank": rank}, ctx) == {"rank": 0}
         barrier(ctx)
         try:
@@ -153,6 +155,8 @@ def test_two_processes_equal_one(two, tmp_path, name):
         assert a["step"] == b["step"] and a.get("tokens") == b.get("tokens") and a.get("pairs") == b.get("pairs")
         if "grad_norm" in a:
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+            assert len(a["ranks"]["step_s"]) == 2 and sum(a["ranks"]["tokens"]) == b["ranks"]["tokens"][0]
+            assert 1 < a["imbalance"]["cost"] < 2 and b["imbalance"]["cost"] == 1
 
 
 def test_alone_there_is_no_group():

@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 
 from dense_runs import cut_off, dense_config, train_dense
 from gr.distributed.config import DenseConfig
-from gr.distributed.engine import Engine, make_engine
+from gr.distributed.engine import Engine
+from gr.distributed.engines import make_engine
 from gr.distributed.process import ProcessContext, process, raise_together
 from gr.errors import UserError
 from gr.training.run_config import RunConfig

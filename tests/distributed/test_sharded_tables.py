@@ -42,11 +42,8 @@ def double(vectors: Tensor) -> Tensor:
 
 def cut_off(folder: Path, name: str) -> Path:
     """A run folder as it was when step AT had just been saved."""
-    checkpoints = folder / name / "checkpoints"
-    if not checkpoints.exists():
-        checkpoints.mkdir(parents=True)
-        for path in (folder / TRAINED / "checkpoints").glob(f"step-{AT:08d}.*"):
-            (shutil.copytree if path.is_dir() else shutil.copy)(path, checkpoints / path.name)
+    step = f"step-{AT:08d}"
+    shutil.copytree(folder / TRAINED / "checkpoints" / step, folder / name / "checkpoints" / step)
     return folder / name
 
 
@@ -64,7 +61,6 @@ def two_workers(rank: int, world: int, folder: str) -> None:
         raise_together(None, ctx)
         for name in ("two", "two-table-wise"):
             train(path, name, run_config(path, SAVED, RESUMED[name]), ctx)
-        refusals(path, ctx)
     (path / f"threads-{rank}").write_text("\n".join(thread_names()))
 
 
@@ -95,20 +91,6 @@ def answers(path: Path, ctx: ProcessContext) -> None:
         assert not frozen.requires_grad
         assert torch.equal(torch.cat([vectors.clone() for _, vectors in tables.iter_vectors("item")]), before)
         torch.save({**found, "ranks": ranks}, path / f"answers-{sharding}-{ctx.rank}.pt")
-
-
-def refusals(path: Path, ctx: ProcessContext) -> None:
-    """Damage to what one process reads is told by all."""
-    damaged = path / "damaged"
-    if ctx.is_main:
-        cut_off(path, "damaged")
-        file = damaged / "checkpoints" / f"step-{AT:08d}.tables" / "__1_0.distcp"
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
-        file.write_bytes(data)
-    raise_together(None, ctx)
-    with pytest.raises(UserError, match=r"step-00000020.tables is damaged \(__1_0.distcp changed\)"):
-        train(path, "damaged", run_config(path, SAVED, "row_wise"), ctx)
 
 
 def three_workers(rank: int, world: int, folder: str) -> None:
@@ -189,16 +171,6 @@ def test_a_run_goes_on_with_other_processes_and_another_division(runs, name):
         assert torch.equal(resumed, whole[AT:])
     else:
         torch.testing.assert_close(resumed, whole[AT:], rtol=1e-6, atol=0)
-
-
-def test_a_checkpoint_has_a_folder_of_tables_and_no_table_elsewhere(runs):
-    checkpoints = runs / TRAINED / "checkpoints"
-    assert not list(checkpoints.glob("*.tmp")) and len(list((runs / TRAINED).glob("best-*.tables"))) == 1
-    assert {p.stem for p in checkpoints.glob("step-*.pt")} == {p.stem for p in checkpoints.glob("step-*.tables")}
-    payload = torch.load(checkpoints / f"step-{AT:08d}.pt")
-    assert payload["tables"]["folder"] == f"step-{AT:08d}.tables"
-    assert set(payload["tables"]["files"]) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
-    assert payload["model"] and not any(name.startswith("tables.") for name in payload["model"])
 
 
 def test_a_missing_folder_and_weights_of_another_kind_are_one_sentence(runs, tmp_path):

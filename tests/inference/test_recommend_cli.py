@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 import torch
 from rich.console import Console
 
+from gr.distributed.process import ProcessContext
 from gr.errors import UserError, run_cli
 from gr.inference import cli, load
 from gr.inference.recommend import Event, HeldOut, Recommendations, Row
+from gr.training.weights import write_step
 
 FOUND = Recommendations(
     rows=[Row(1, 4, 14, "[red]Brazil[/red]", 2.5, held_out=True), Row(2, 0, 10, "Alien", 1.25, seen=True)],
@@ -98,8 +101,13 @@ def test_weights_must_be_whole_and_fit(tmp_path):
         load.load_weights(other, path)
 
 
-def test_without_a_best_one_the_last_checkpoint_is_taken(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+def test_without_a_best_one_the_last_whole_checkpoint_is_taken(tmp_path, capsys):
     for step in (1, 2):
-        torch.save({"model": {}}, tmp_path / "checkpoints" / f"step-{step:08d}.pt")
-    assert load.find_weights(tmp_path).name == "step-00000002.pt"
+        state = {"model": {}, "optimizer": None, "tables": None}
+        write_step(state, tmp_path / "checkpoints", step, {}, 2, ProcessContext())
+    last = tmp_path / "checkpoints" / "step-00000002" / "state.pt"
+    assert load.find_weights(tmp_path) == last and capsys.readouterr().err == ""
+    last.write_bytes(b"")
+    assert load.find_weights(tmp_path).parent.name == "step-00000001"
+    words = r"warning: .*step-00000002 is damaged \(state.pt has 0 bytes of \d+\); the one before is read"
+    assert re.search(words, capsys.readouterr().err)

@@ -92,8 +92,10 @@ def test_a_launch_executes_what_was_built(config, monkeypatch) -> None:
         (["torchrun", "--nnodes", "3:2", "--rdzv", "localhost:1", "CONFIG"], "--nnodes 3:2: must be a number"),
         (["torchrun", "--nnodes", "2", "--rdzv", "localhost", "CONFIG"], "'localhost' must be HOST:PORT"),
         (["torchrun", "--nnodes", "2", "--node-rank", "2", "--rdzv", "localhost:1", "CONFIG"], "--node-rank 2"),
-        (["torchrun", "--nnodes", "2", "--node-rank", "1", "--wait", "0.1", "--rdzv", "127.0.0.1:CLOSED", "CONFIG"],
-         "cannot be reached (Connection refused) for 0.1 s"),
+        (
+            ["torchrun", "--nnodes", "2", "--node-rank", "1", "--wait", "0.1", "--rdzv", "127.0.0.1:CLOSED", "CONFIG"],
+            "cannot be reached (Connection refused) for 0.1 s",
+        ),
         (["torchrun", "--nnodes", "2", "--rdzv", "127.0.0.1:TAKEN", "CONFIG"], "port TAKEN of this machine cannot"),
         (["deepspeed", "--port", "TAKEN", "CONFIG"], "port TAKEN of this machine cannot"),
         (["deepspeed", "--hostfile", "nowhere", "CONFIG"], "hostfile nowhere does not exist"),

@@ -182,7 +182,7 @@ def test_a_terminated_process_exits_with_status_zero(tmp_path):
     done = run_script(tmp_path / "run", 1, 2, signal.SIGTERM)
     assert done.returncode == 0, done.stderr
     assert "the same command resumes" in done.stdout
-    assert find_checkpoint(tmp_path / "run" / "checkpoints") is not None
+    assert find_checkpoint(tmp_path / "run" / "checkpoints").path is not None
 
 
 def test_a_save_that_fails_leaves_the_previous_checkpoint_whole(tmp_path):
@@ -191,12 +191,12 @@ def test_a_save_that_fails_leaves_the_previous_checkpoint_whole(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = at(0, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard)))
     try:
-        with pytest.raises(UserError, match=r"step-00000006.pt cannot be saved: File too large"):
+        with pytest.raises(UserError, match=r"step-00000006.tmp/state.pt cannot be saved: File too large"):
             tiny_trainer(tmp_path / "run", config, loader=TinyLoader(event=limit)).fit()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     folder = tmp_path / "run" / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["last.json", "step-00000003.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000003"]
     trainer = tiny_trainer(tmp_path / "run", config)
     trainer.fit()
     assert same(weights(trainer.model), expected)

@@ -1,0 +1,148 @@
+"""One kernel as compiled ahead of time: what was counted, what is wrong with it, the table, and the file of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+THREADS = 32
+"""Of a warp."""
+SHARED_KIB = {80: 163, 90: 227}
+"""Shared memory that one program may have (CUDA C++ Programming Guide, technical specifications)."""
+REPEATED: dict[tuple[int, str, bool, int, bool], int] = {}
+"""(architecture, kernel, half, dim, bias) of shipped tiles in which so many warps compute each score, by design: the
+tile's rows are fewer than its warps could take, and with fewer warps it spills."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel as compiled.
+
+    Attributes:
+        composed, deterministic: As of a variant (compile.py).
+        scored: tanh or, in float32, exp instructions a score; None where no loop was found.
+        reciprocals: The others of the special-function unit, a score; None likewise.
+        failure: The compiler's words if it refused, else "".
+        source: Hash of the kernels' source.
+        triton: Version.
+    """
+
+    architecture: int
+    kernel: str
+    dtype: str
+    dim: int
+    bias: bool
+    composed: bool
+    deterministic: bool
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    hgmma: int
+    hmma: int
+    scored: float | None
+    reciprocals: float | None
+    failure: str
+    source: str
+    triton: str
+
+    @property
+    def half(self) -> bool:
+        """bfloat16 or float16."""
+        return self.dtype != "float32"
+
+    @property
+    def what(self) -> tuple:
+        """All that decides what is compiled."""
+        variant = (self.architecture, self.kernel, self.dtype, self.dim, self.bias, self.composed, self.deterministic)
+        return (*variant, self.block_m, self.block_n, self.num_warps, self.num_stages, self.source, self.triton)
+
+
+def designed(row: Row) -> tuple[float, float]:
+    """Special-function instructions a score, as the kernels are meant: tanh (float32: exp), and the most reciprocals.
+
+    A score takes one tanh (float32: one exp and a reciprocal), as often as warps repeat it (``REPEATED``). To that come
+    the reciprocals of divisors in a packed kernel, whose every instruction is counted, and where a loop over queries
+    divides by each one's: at most one for each query that a thread has, of which matrix units give it a quarter of the
+    tile's, and one for a divisor that is a number.
+    """
+    times = REPEATED.get((row.architecture, row.kernel, row.half, row.dim, row.bias), 1)
+    divides = row.kernel.endswith("_packed") or (row.kernel == "backward" and row.composed)
+    divisors = (row.block_m / 4 + 1) * THREADS * row.num_warps / (row.block_m * row.block_n) if divides else 0.0
+    return times, divisors if row.half else times + divisors
+
+
+def faults(row: Row) -> list[str]:
+    """Why a tile cannot be shipped, nor timed by a tuner."""
+    if row.failure:
+        return [f"does not compile: {row.failure}"]
+    wrong = []
+    if row.stack or row.spills:
+        wrong.append(f"spills: {row.stack} bytes of stack, {row.spills} LDL and STL")
+    if row.shared > SHARED_KIB[row.architecture] * 1024:
+        wrong.append(f"{row.shared / 1024:.0f} KiB of shared memory of {SHARED_KIB[row.architecture]}")
+    if row.half and not row.hgmma + row.hmma:
+        wrong.append("no tensor-core instruction")
+    return wrong
+
+
+def undesigned(row: Row) -> list[str]:
+    """Special-function instructions that are not as designed."""
+    if row.failure:
+        return []
+    if row.scored is None or row.reciprocals is None:
+        return ["no loop of scores was found"]
+    times, most = designed(row)
+    wrong = [] if row.scored == times else [f"{row.scored:g} tanh or exp a score, by design {times}"]
+    return wrong + ([] if row.reciprocals <= most else [f"{row.reciprocals:.2f} reciprocals a score of {most:.2f}"])
+
+
+def wrong(row: Row) -> list[str]:
+    """Both."""
+    return faults(row) + undesigned(row)
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a JSON lines file; a line cut off by an interruption, or of another form, is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(Row(**json.loads(line)))
+        except (TypeError, ValueError):
+            continue
+    return found
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """The file of exactly these rows."""
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+
+
+def table(found: Sequence[Row]) -> str:
+    """Markdown."""
+    columns = (
+        "sm", "kernel", "dtype", "dim", "bias", "mask", "sums", "tile", "warps", "stages", "registers", "stack",
+        "LDL+STL", "shared KiB", "HGMMA", "HMMA", "tanh, exp a score", "by design", "reciprocals a score", "at most",
+        "verdict",
+    )  # fmt: skip
+    text = "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns) + "\n"
+    for each in found:
+        cells = (
+            each.architecture, each.kernel, each.dtype, each.dim, "yes" if each.bias else "",
+            "composed" if each.composed else "causal", "integers" if each.deterministic else "",
+            f"{each.block_m}x{each.block_n}", each.num_warps, each.num_stages, each.registers, each.stack, each.spills,
+            f"{each.shared / 1024:.0f}", each.hgmma, each.hmma, _number(each.scored),
+            designed(each)[0], _number(each.reciprocals), _number(designed(each)[1]), "; ".join(wrong(each)) or "right",
+        )  # fmt: skip
+        text += "| " + " | ".join(map(str, cells)) + " |\n"
+    return text
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
