@@ -128,10 +128,13 @@ def count(config: Any, plans: tuple[TablePlan, ...], dense: int, world: int) -> 
     memory = {
         "tables": held[fullest],
         "update rule": kept[fullest],
-        "dense, gradients, moments": 4 * dense * _FP32,
+        "dense, gradients, moments": int(_dense_share(config.distributed.dense.kind, world) * dense * _FP32),
         "vectors of a step": step + scored * _FP32,
     }
     traffic = {"gradients of the dense part": int(2 * away * dense * _FP32)}
+    if config.distributed.dense.kind == "fsdp2":  # gathered forward and backward; a gradient goes to one rank only
+        traffic["weights of the dense part"] = traffic["gradients of the dense part"]
+        traffic["gradients of the dense part"] //= 2
     if sharded:
         traffic |= {"ids": int(ids * _ID), "vectors": int(away * lookups * width * _FP32)}
         traffic["gradients of vectors"] = traffic["vectors"]
@@ -142,6 +145,16 @@ def count(config: Any, plans: tuple[TablePlan, ...], dense: int, world: int) -> 
         numbers = sum(plan.spec.num_rows * plan.spec.dim for plan in plans)
         traffic["gradients of tables"] = int(2 * away * numbers * _FP32)
     return Cost(memory, traffic)
+
+
+def _dense_share(kind: str, world: int) -> float:
+    """Numbers a rank holds for each dense parameter: weight, gradient, two moments; less what processes divide.
+
+    While a block works its weights are gathered (fsdp2), and the bare model holds all of them at validation and saving;
+    that is not counted.
+    """
+    divided = {"ddp": 0, "zero1": 2, "zero2": 3, "fsdp2": 4}[kind]
+    return 4 - divided + divided / world
 
 
 def lines(plans: tuple[TablePlan, ...], sharded: bool, cost: Cost, world: int, local: int) -> Iterator[str]:

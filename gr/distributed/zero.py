@@ -107,9 +107,10 @@ class ZeroEngine(Engine):
 
         state = self.optimizer.state
         for group, flat in self._divided():
-            step = self._zero.optimizer.state[flat]["step"].clone()
+            step = self._zero.optimizer.state[flat]["step"]
             for parameter in group["params"]:
-                state[parameter] = {"step": step, **{name: whole(parameter, name) for name in MOMENTS}}
+                # A count of each one's own: a shared one, loaded elsewhere, would go up once for each parameter.
+                state[parameter] = {"step": step.clone(), **{name: whole(parameter, name) for name in MOMENTS}}
         if self._of_tables is not None:
             state.update(self._of_tables.state)
         for group, used in zip(self.optimizer.param_groups, self.param_groups, strict=True):

@@ -26,7 +26,8 @@ from torch import nn
 from gr.config import config_hash
 from gr.data.batch import JaggedBatch
 from gr.distributed.config import DenseConfig
-from gr.distributed.engine import Engine, make_engine
+from gr.distributed.engine import Engine
+from gr.distributed.engines import make_engine
 from gr.distributed.process import ProcessContext, broadcast_object, gather_integers, main_only_errors
 from gr.errors import Diverged, OutOfMemory, UserError
 from gr.kernels.native import has_bf16_units

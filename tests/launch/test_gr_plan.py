@@ -49,6 +49,15 @@ def test_the_dense_part_and_local_tables_are_the_models_own(config) -> None:
     assert ProcessContext().world == 1
 
 
+@pytest.mark.parametrize(("kind", "numbers"), [("ddp", 4), ("zero1", 3), ("zero2", 2.5), ("fsdp2", 2)])
+def test_what_processes_divide_of_the_dense_part_counts_less(config, kind, numbers) -> None:
+    made = load_config([config, "--distributed.dense.kind", kind])
+    specs, dense = specs_of(made, None, None)
+    cost = count(made, plan_tables(specs, made.distributed.tables, 2), dense, 2)
+    assert cost.memory["dense, gradients, moments"] == numbers * dense * 4
+    assert cost.traffic.get("weights of the dense part", 0) == (dense * 4 if kind == "fsdp2" else 0)
+
+
 def test_1500_billion_numbers_on_256_devices_of_80_gb_are_planned_and_on_64_refused(config, capsys) -> None:
     large = [config, *SHARDED, *SAMPLED, "--num-items", "2929687500", "--model.dim", "512", "--memory", "80GB"]
     large += ["--train.batching.batch_size", "4096", "--local-world-size", "8"]
