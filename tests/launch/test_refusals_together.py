@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from gr.errors import UserError
 from gr.launch.torchrun import Nodes
 from tiny_runs import TINY, environment, run_here, write
 
-GONE_WITHIN_S = 30  # after the first sentence; until then a busy machine may take its time to import torch
+GONE_WITHIN_S = 30  # after the first sentence, on a machine of our own
 MARK = "GR_TEST_MARK"
 SHORT = [
     *("--train.batching.batch_size", "1", "--train.max_steps", "2", "--train.schedule.warmup_steps", "0"),
@@ -39,7 +40,7 @@ def told_and_gone(started: list[subprocess.Popen[str]], mark: str) -> list[str]:
         while lines[-1] and "error: " not in lines[-1]:
             lines.append(one.stderr.readline())
         said.append("".join(lines))
-    end = time.monotonic() + GONE_WITHIN_S
+    end = time.monotonic() + GONE_WITHIN_S * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     said = [text + one.communicate(timeout=end - time.monotonic())[1] for text, one in zip(said, started, strict=True)]
     while left := marked(mark):
         assert time.monotonic() < end, f"still there: {left}"
