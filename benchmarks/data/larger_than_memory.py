@@ -43,15 +43,15 @@ from gr.training.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 CHUNK_USERS = 20_000
-TARGETS = 500
+TARGETS = 200
 """Validation targets ranked among all items at the end."""
 CONFIG: dict[str, Any] = {
-    "layout": {"max_events": 50},
+    "layout": {"max_events": 20},
     "model": {
         "dim": 8, "encoder": {"kind": "hstu", "num_layers": 1, "num_heads": 1, "dim_qk": 8, "dim_v": 8},
     },
-    "objective": {"kind": "sampled_softmax", "num_negatives": 32, "sampler": "popularity"},
-    "train": {"batching": {"batch_size": 128}, "log_every_steps": 1, "tensorboard": False},
+    "objective": {"kind": "sampled_softmax", "num_negatives": 8, "sampler": "popularity"},
+    "train": {"batching": {"batch_size": 32}, "log_every_steps": 1, "tensorboard": False},
     "distributed": {"tables": {"kind": "sharded", "optimizer": {"kind": "rowwise_adagrad"}}},
 }  # fmt: skip
 

@@ -91,22 +91,16 @@ class ShardedTables(nn.Module):
 
         Args:
             ids: What this rank wants of every table; it may be nothing.
-            full_softmax: Tables of which ``full_softmax`` will be asked. The rows that this rank scores are looked up
+            full_softmax: Tables of which ``full_softmax`` will be asked. The ids that this rank scores are looked up
                 in the same pass, so that each row learns from all its gradients at once.
         """
-        from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
         assert set(ids) == set(self.specs), f"asked for {sorted(ids)}; there is {sorted(self.specs)}"
         flat = {name: rows.reshape(-1) for name, rows in ids.items()}
         for name in full_softmax:
-            own = torch.arange(*self.own_range(name), device=flat[name].device)
+            own = torch.arange(*self._own_ids(name), device=flat[name].device)
             flat[name] = torch.cat([flat[name], own])
-        names = list(self.specs)
-        lengths = torch.tensor([flat[name].numel() for name in names], device=flat[names[0]].device)
-        request = KeyedJaggedTensor(keys=names, values=torch.cat([flat[name] for name in names]), lengths=lengths)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns.requires_grad):
-            answer = self._held[0](request)
-            vectors = {name: answer[name].values() for name in names}
+        flat = {name: self.specs[name].rows_of(wanted) for name, wanted in flat.items()}
+        vectors = self._look_up(flat)
         found = {}
         for name, rows in ids.items():
             found[name] = vectors[name][: rows.numel()].view(*rows.shape, self.specs[name].dim)
@@ -114,14 +108,29 @@ class ShardedTables(nn.Module):
                 self._own_rows[name] = vectors[name][rows.numel() :]
         return found
 
+    def _look_up(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Vectors (n, dim) of rows (n,) of every table."""
+        from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+        names = list(self.specs)
+        lengths = torch.tensor([rows[name].numel() for name in names], device=rows[names[0]].device)
+        request = KeyedJaggedTensor(keys=names, values=torch.cat([rows[name] for name in names]), lengths=lengths)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.learns.requires_grad):
+            answer = self._held[0](request)
+            return {name: answer[name].values() for name in names}
+
     def full_softmax(self, query: Tensor, table: str, target: Tensor, weight: Tensor, transform: Transform) -> Tensor:
-        """() weighted sum of the cross-entropies of this rank's targets (S,) among all transformed rows of a table."""
+        """() weighted sum of the cross-entropies of this rank's targets (S,) among all ids' transformed vectors."""
         rows = self._own_rows.pop(table)  # of this step's look-up
-        return sharded_softmax_loss(query, transform(rows).to(query.dtype), self.own_range(table)[0], target, weight)
+        return sharded_softmax_loss(query, transform(rows).to(query.dtype), self._own_ids(table)[0], target, weight)
 
     def own_range(self, table: str) -> tuple[int, int]:
         """(lo, hi) rows that this rank scores: an equal share, and those it holds where a table is divided by rows."""
         return slice_of(self.specs[table].num_rows, self.ctx.world, self.ctx.rank)
+
+    def _own_ids(self, table: str) -> tuple[int, int]:
+        """(lo, hi) ids of which this rank computes the full softmax; its own rows, unless ids are hashed."""
+        return slice_of(self.specs[table].num_ids, self.ctx.world, self.ctx.rank)
 
     @torch.no_grad()
     def own_vectors(self, table: str) -> Tensor:
@@ -130,24 +139,25 @@ class ShardedTables(nn.Module):
         if self.plans[table].sharding == "row_wise":
             return self._weights()[table].local_shards()[0].tensor.float()
         nothing = torch.empty(0, dtype=torch.int64, device=self.ctx.device)
-        wanted = {name: nothing for name in self.specs}
-        return self({**wanted, table: torch.arange(lo, hi, device=self.ctx.device)})[table]
+        rows = dict.fromkeys(self.specs, nothing) | {table: torch.arange(lo, hi, device=self.ctx.device)}
+        return self._look_up(rows)[table]
 
     @torch.no_grad()
     def logits(self, query: Tensor, table: str, item_range: tuple[int, int], transform: Transform) -> Tensor:
-        """(S, hi - lo) inner products of this rank's queries (S, dim) with the transformed rows lo..hi-1 of a table.
+        """(S, hi - lo) inner products of this rank's queries (S, dim) with the vectors, transformed, of ids lo..hi-1.
 
-        Every rank asks for the same rows, with queries of its own. Each scores everybody's queries against its rows
-        and sends the numbers back: a rank receives S (hi - lo) of them, and the queries of all. No gradient.
+        Every rank asks for the same ids, with queries of its own. Each scores everybody's queries against its rows
+        and sends the numbers back: a rank receives S (hi - lo) of them at most, and the queries of all. No gradient.
         """
-        lo, hi = item_range
+        spec = self.specs[table]
         everybody = Everybody.of(query.shape[0], query.device)
-        spans = [slice_of(self.specs[table].num_rows, self.ctx.world, rank) for rank in range(self.ctx.world)]
-        inside = [(min(max(lo, a), hi), max(min(hi, b), lo)) for a, b in spans]
-        inside = [(a, max(a, b)) for a, b in inside]
-        first, (a, b) = self.own_range(table)[0], inside[self.ctx.rank]
-        rows = transform(self.own_vectors(table)[max(a - first, 0) : max(b - first, 0)]).to(query.dtype)
-        return everybody.give_back(everybody.gather(query) @ rows.T, [b - a for a, b in inside])
+        wanted, place = spec.distinct_rows(*item_range)
+        ends = [slice_of(spec.num_rows, self.ctx.world, rank)[1] for rank in range(self.ctx.world)]
+        counts = torch.searchsorted(wanted, torch.tensor(ends)).diff(prepend=torch.zeros(1, dtype=torch.int64))
+        mine = wanted.split(counts.tolist())[self.ctx.rank].to(query.device) - self.own_range(table)[0]
+        rows = transform(self.own_vectors(table)[mine]).to(query.dtype)
+        scores = everybody.give_back(everybody.gather(query) @ rows.T, counts.tolist())
+        return scores if place is None else scores[:, place.to(query.device)]
 
     @torch.no_grad()
     def iter_vectors(self, table: str, block: int = 65_536) -> Iterator[tuple[int, Tensor]]:

@@ -65,16 +65,29 @@ class LocalTables(nn.Module):
             full_softmax: Tables of which ``full_softmax`` will be asked before the next look-up. Sharded tables want to
                 know, for they then look up their own rows in the same pass.
         """
-        return {name: nn.functional.embedding(rows, self.weights[name]) for name, rows in ids.items()}
+        return {
+            name: nn.functional.embedding(self.specs[name].rows_of(wanted), self.weights[name])
+            for name, wanted in ids.items()
+        }
 
     def logits(self, query: Tensor, table: str, item_range: tuple[int, int], transform: Transform) -> Tensor:
+        """(S, hi - lo) inner products of queries (S, dim) with the transformed vectors of a table's ids lo..hi-1."""
+        rows, place = self.specs[table].distinct_rows(*item_range)
+        if place is None:
+            return self.row_logits(query, table, item_range, transform)
+        return (query @ transform(self.weights[table][rows.to(query.device)]).T)[:, place.to(query.device)]
+
+    def row_logits(self, query: Tensor, table: str, row_range: tuple[int, int], transform: Transform) -> Tensor:
         """(S, hi - lo) inner products of queries (S, dim) with the transformed rows lo..hi-1 of a table."""
-        lo, hi = item_range
+        lo, hi = row_range
         return query @ transform(self.weights[table][lo:hi]).T
 
     def full_softmax(self, query: Tensor, table: str, target: Tensor, weight: Tensor, transform: Transform) -> Tensor:
-        """() weighted sum of the cross-entropies of targets (S,) among all transformed rows of a table."""
-        return full_softmax_loss(query, transform(self.weights[table]).to(query.dtype), target, weight)
+        """() weighted sum of the cross-entropies of targets (S,) among all ids' transformed vectors."""
+        vectors, spec = self.weights[table], self.specs[table]
+        if spec.hashed_ids:
+            vectors = vectors[spec.rows_of(torch.arange(spec.num_ids, device=vectors.device))]
+        return full_softmax_loss(query, transform(vectors).to(query.dtype), target, weight)
 
     def iter_vectors(self, table: str, block: int = 65_536) -> Iterator[tuple[int, Tensor]]:
         """Yields (first row, (rows, dim) vectors) over a whole table."""

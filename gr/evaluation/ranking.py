@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gr.data.batch import JaggedBatch
+from gr.embedding.spec import TableSpec
 from gr.errors import UserError
 
 # Scores of one batch up to this size are kept between the two passes rather than computed twice.
@@ -86,7 +87,8 @@ def rank_targets(
     Args:
         recommender: Has ``num_items`` and ``scores(batch, (lo, hi)) -> (B, hi - lo)`` floats. If it also has
             ``scorer(batch) -> ((lo, hi) -> (B, hi - lo))``, that is used, so that histories are encoded once
-            a batch.
+            a batch. If items share rows of a table (``item_rows`` is not ``None``), the rows are scored, by
+            ``row_scorer(batch)``, and each counts as all of its items: these tie exactly, whatever rounding does.
         loader: Iterates over (rows (B,) into ``loader.targets``, JaggedBatch); ``loader.targets`` has
             ``user`` and ``position``, (n,) int64, and ``loader.store`` is the log, the source of targets and
             of what was seen.
@@ -116,6 +118,7 @@ def rank_targets(
         raise UserError("there is no target to rank; the split must hold out at least one event")
     truth = np.asarray(store.columns["item_id"])[np.asarray(store.offsets)[user] + position]
 
+    shared = getattr(recommender, "item_rows", None)
     window = masked_events(mask_seen, loader.layout) if mask_seen else None
     found: list[np.ndarray] = []
     with evaluating(recommender), torch.no_grad():
@@ -128,8 +131,8 @@ def rank_targets(
                 masked, missed = (row[~own], item[~own]), row[own]
                 candidates -= np.bincount(masked[0], minlength=len(rows))
             batch = batch if device is None else batch.to(device)
-            spans, scores = _spans(recommender, batch, len(rows), block, name)
-            higher, at_least, nan = count(spans, scores, truth[rows], masked)
+            spans, scores = _spans(recommender, batch, len(rows), block, name, shared)
+            higher, at_least, nan = count(spans, scores, truth[rows], masked, shared=shared)
             if nan:
                 raise UserError(DIVERGED.format(name))
             better = higher.cpu().numpy()
@@ -200,11 +203,15 @@ def seen_mask(store: Any, user: np.ndarray, position: np.ndarray, window: int | 
 
 
 def _spans(
-    recommender: Any, batch: JaggedBatch, size: int, block: int, name: str
+    recommender: Any, batch: JaggedBatch, size: int, block: int, name: str, shared: TableSpec | None
 ) -> tuple[list[tuple[int, int]], Scores]:
-    """Ranges that cover all items, and their (B, hi - lo) scores of a batch of ``size`` rows."""
+    """Ranges that cover all items, or rows that these share, and their (B, hi - lo) scores of a batch of ``size``
+    rows."""
     scorer = None
-    if hasattr(recommender, "scorer"):
+    if shared is not None:
+        scorer = recommender.row_scorer(batch)
+        block = min(block, max(1, SPAN_SCORES // size))
+    elif hasattr(recommender, "scorer"):
         scorer = recommender.scorer(batch)
         block = min(block, max(1, SPAN_SCORES // size))
 
@@ -217,7 +224,7 @@ def _spans(
             )
         return values
 
-    return ranges(0, recommender.num_items, block), scores
+    return ranges(0, recommender.num_items if shared is None else shared.num_rows, block), scores
 
 
 def ranges(first: int, last: int, block: int) -> list[tuple[int, int]]:
@@ -232,6 +239,7 @@ def count(
     truth: np.ndarray,
     masked: tuple[np.ndarray, np.ndarray] | None,
     share: Callable[[Tensor], Tensor] | None = None,
+    shared: TableSpec | None = None,
 ) -> tuple[Tensor, Tensor, bool]:
     """How many items of some spans score higher than each row's target, and how many at least as high.
 
@@ -242,10 +250,17 @@ def count(
         masked: (row, item) pairs that do not count.
         share: Makes of (B,) scores of targets, 0 where these lie in no span, the scores of all of them; ``None``: the
             spans hold all.
+        shared: The table whose rows items share: spans are of its rows, each of which counts as all of its items.
+            ``None``: spans are of items.
 
     Returns:
         Two (B,) int64, and whether a score was NaN.
     """
+    weight = None
+    if shared is not None:
+        truth = shared.rows_of(torch.from_numpy(truth)).numpy()
+        masked = None if masked is None else (masked[0], shared.rows_of(torch.from_numpy(masked[1])).numpy())
+        weight = torch.from_numpy(shared.row_counts).double()
     size, (first, last) = len(truth), (spans[0][0], spans[-1][1])
     kept: dict[tuple[int, int], Tensor] = {}
     keep = len(spans) == 1 or size * (last - first) * 8 <= KEEP_BYTES
@@ -278,8 +293,9 @@ def count(
         values = values_of(span)
         total += values.sum()
         flags = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-        better += _add_up(torch.gt(values, own[:, None], out=flags))
-        at_least += _add_up(torch.ge(values, own[:, None], out=flags))
+        each = None if weight is None else weight[span[0] : span[1]].to(own.device)
+        better += _add_up(torch.gt(values, own[:, None], out=flags), each)
+        at_least += _add_up(torch.ge(values, own[:, None], out=flags), each)
         if masked is not None:  # what was seen is counted with the rest, and taken off
             row, item = masked
             if len(spans) > 1 or share is not None:
@@ -294,7 +310,9 @@ def count(
     return better, at_least, nan
 
 
-def _add_up(flags: Tensor) -> Tensor:
+def _add_up(flags: Tensor, weight: Tensor | None) -> Tensor:
     """(B,) int64 sums of (B, n) ones and zeros, floats: torch compares and adds several times as fast in them as in
-    bools."""
+    bools; weighted by (n,) float64 whole numbers, if any."""
+    if weight is not None:
+        return (flags.double() @ weight).long()
     return flags.sum(1, dtype=torch.promote_types(flags.dtype, torch.float32)).long()

@@ -33,7 +33,8 @@ def rank_by_shards(model: Any, loader: Any, mask_seen: SeenRule, ctx: ProcessCon
     """Ranks every target of a loader among all items, as ``rank_targets`` does; a collective.
 
     Args:
-        model: Has ``num_items``, ``query(batch) -> (B, D)``, ``own_scorer()`` and ``tables`` that are sharded.
+        model: Has ``num_items``, ``query(batch) -> (B, D)``, ``own_scorer()``, ``item_rows`` and ``tables`` that
+            are sharded.
         loader: This process's batches; ``len(loader)`` may differ by one between processes.
         mask_seen: As in ``rank_targets``.
         ctx: The processes.
@@ -53,7 +54,7 @@ def rank_by_shards(model: Any, loader: Any, mask_seen: SeenRule, ctx: ProcessCon
         raise UserError("there is no target to rank; the split must hold out at least one event")
     truth = np.asarray(store.columns["item_id"])[np.asarray(store.offsets)[user] + position]
     window = masked_events(mask_seen, loader.layout) if mask_seen else None
-    # better, at least as good: of this process's items.
+    # better, at least as good: of this process's items, or rows that items share.
     counts = torch.zeros(2, len(user), dtype=torch.int64, device=ctx.device)
     candidates, missed = np.full(len(user), store.num_items), np.zeros(len(user), dtype=bool)
     diverged = False
@@ -72,7 +73,12 @@ def rank_by_shards(model: Any, loader: Any, mask_seen: SeenRule, ctx: ProcessCon
                 continue
             spans = ranges(lo, hi, max(1, SPAN_SCORES // len(rows)))
             better, at_least, nan = count(
-                spans, lambda span, queries=queries: score(queries, span), truth[rows], masked, share=_sum
+                spans,
+                lambda span, queries=queries: score(queries, span),
+                truth[rows],
+                masked,
+                share=_sum,
+                shared=model.item_rows,
             )
             at = torch.from_numpy(rows).to(ctx.device)
             counts[0, at], counts[1, at], diverged = better, at_least, diverged or nan

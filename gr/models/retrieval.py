@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gr import flops
-from gr.config import OneOf, build
+from gr.config import OneOf, build, unhashed_default
 from gr.data.batch import JaggedBatch
 from gr.embedding.local import LocalTables
 from gr.embedding.spec import TableSpec
@@ -31,24 +31,44 @@ from gr.modules.similarity import Similarity, SimilarityConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A retrieval model of width ``dim``."""
+    """A retrieval model of width ``dim``.
+
+    Attributes:
+        item_rows: Rows of the item table, fewer than there are items, into which item ids are hashed; 0: each item has
+            a row of its own. Items of one row have one vector, as inputs, labels and negatives alike: they get equal
+            scores, so that the evaluation counts them as ties, and a negative that shares its label's row weighs as
+            much as the label does, as in the full softmax.
+    """
 
     dim: int = 64
     encoder: Annotated[Any, OneOf(ENCODERS, default="hstu")] = field(default_factory=HSTUConfig)
     preprocessor: PreprocessorConfig = field(default_factory=PreprocessorConfig)
     similarity: SimilarityConfig = field(default_factory=SimilarityConfig)
     table_init_std: float = 0.02
+    item_rows: int = unhashed_default(0)
 
     def __post_init__(self) -> None:
         if self.dim < 1:
             raise UserError(f"dim is {self.dim}; it must be at least 1")
+        if self.item_rows < 0:
+            raise UserError(f"item_rows is {self.item_rows}; it must be positive, or 0 for a row an item")
         if not 0 < self.table_init_std < math.inf:
             raise UserError(f"table_init_std is {self.table_init_std}; it must be positive")
 
 
 def table_specs(cfg: ModelConfig, *, num_items: int, num_actions: int, layout: str) -> tuple[TableSpec, ...]:
-    """The tables of a model of a log with so many items and kinds of action."""
-    specs = [TableSpec("item", num_items, cfg.dim, cfg.table_init_std)]
+    """The tables of a model of a log with so many items and kinds of action.
+
+    Raises:
+        UserError: Items are to be hashed into as many rows as there are items, or more.
+    """
+    if cfg.item_rows >= num_items:
+        raise UserError(
+            f"model.item_rows is {cfg.item_rows}, but there are {num_items} items, each of which may have a row of "
+            "its own: leave it out"
+        )
+    hashed = {"hashed_ids": num_items} if cfg.item_rows else {}
+    specs = [TableSpec("item", cfg.item_rows or num_items, cfg.dim, cfg.table_init_std, **hashed)]
     if layout != "items":
         specs.append(TableSpec("action", num_actions, cfg.dim, cfg.table_init_std))
     return tuple(specs)
@@ -180,17 +200,34 @@ class RetrievalModel(nn.Module):
 
         return score
 
+    @property
+    def item_rows(self) -> TableSpec | None:
+        """The item table where items share rows, so that rows are what is scored; ``None``: each has its own."""
+        spec = self.tables.specs["item"]
+        return spec if spec.hashed_ids else None
+
+    @torch.no_grad()
+    def row_scorer(self, batch: JaggedBatch) -> Callable[[tuple[int, int]], Tensor]:
+        """``row_range -> (B, hi - lo)`` scores of the item table's rows, once for all items of a row."""
+        query = self.query(batch) * self.similarity.scale
+
+        def score(row_range: tuple[int, int]) -> Tensor:
+            with torch.no_grad():
+                return self.tables.row_logits(query, "item", row_range, self.similarity.item)
+
+        return score
+
     @torch.no_grad()
     def own_scorer(self) -> tuple[tuple[int, int], Callable[[Tensor, tuple[int, int]], Tensor]]:
-        """With sharded tables: the items (lo, hi) that this process scores, and the function that does.
+        """With sharded tables: the item table's rows (lo, hi) that this process scores, and the function that does.
 
-        A collective; the function is none: ``(queries (S, D) of any process, item_range within) -> (S, ...)`` scores.
+        A collective; the function is none: ``(queries (S, D) of any process, row_range within) -> (S, ...)`` scores.
         """
         lo, hi = self.tables.own_range("item")
         vectors = self.similarity.item(self.tables.own_vectors("item"))
 
-        def score(query: Tensor, item_range: tuple[int, int]) -> Tensor:
-            return (query * self.similarity.scale) @ vectors[item_range[0] - lo : item_range[1] - lo].T
+        def score(query: Tensor, row_range: tuple[int, int]) -> Tensor:
+            return (query * self.similarity.scale) @ vectors[row_range[0] - lo : row_range[1] - lo].T
 
         return (lo, hi), score
 

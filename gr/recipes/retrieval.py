@@ -19,6 +19,7 @@ from gr.data.planted import PlantedConfig
 from gr.data.split import Split, Targets
 from gr.data.store import EventStore
 from gr.distributed.process import ProcessContext, all_gather_object, main_only_errors
+from gr.embedding.hashing import expected_sharing, ids_of_rows, key_of, sharing
 from gr.errors import UserError
 from gr.evaluation.audit import audit, repeated_targets
 from gr.evaluation.baselines import LABELS
@@ -285,6 +286,13 @@ def describe_data(config: RunConfig, store: EventStore, split: Split, targets: T
     if rule and again:
         caveats.append(
             f"{again:,} of {len(targets):,} {part} targets had been seen before: with mask_seen they count as missed"
+        )
+    rows = config.model.item_rows
+    if rows:
+        counts = ids_of_rows(store.num_items, rows, key_of("item"))
+        caveats.append(
+            f"items are hashed into {rows:,} rows: {100 * sharing(counts):.2f} % of them share theirs with another and "
+            f"tie with it ({100 * expected_sharing(store.num_items, rows):.2f} % expected)"
         )
     if copies:
         caveats.append(f"{copies:,} {part} targets stand in their own history with the same item and time")
