@@ -77,12 +77,16 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> int:
     for spec in plan.specs:
         rate = mean_rate(study.folder, spec.variant, spec.scale) or assumed_rate(study)[0]
         seconds = f"{spec.cost / rate:.1f}" if rate else "?"
-        state, at = run_dir(study.folder, spec.run_id).state(), spec.planned
+        folder = run_dir(study.folder, spec.run_id)
+        state, at = folder.state(), spec.planned
         held = "  held out" if spec.holdout else ""
         print(
             f"{spec.run_id}  {state:<9}  {spec.variant:<10} {spec.scale:>6g} {spec.budget:>8.2e} {at['steps']:>6} "
             f"{at['epochs']:>6.2f} {spec.config['layout']['max_events']:>6} {at['n_encoder']:>19} {seconds:>8}{held}"
         )
+        why = folder.reason()
+        if why:
+            print(f"              {why}")
     if args.command == "plan":
         for name in dict.fromkeys(spec.recipe for spec in plan.specs):
             print(f"recipe {name}: {find_recipe(name).chosen}")

@@ -112,9 +112,9 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
 def _best(
     fitted: Sequence[dict[str, Any]], budgets: Sequence[float], front: Sequence[dict[str, Any]]
 ) -> dict[float, float]:
-    """Budget -> least loss; where no budget has two sizes (a grid), of the runs on the envelope alone."""
-    cells = {(row["budget"], row["n_encoder"]) for row in fitted}
-    if len(cells) == len(budgets):
+    """Budget -> least loss; where few budgets have two sizes (a grid), of the runs on the envelope alone."""
+    sizes = [len({row["n_encoder"] for row in fitted if row["budget"] == budget}) for budget in budgets]
+    if 2 * sum(count > 1 for count in sizes) < len(budgets):
         return {row["budget"]: row["loss"] for row in front}
     return {budget: min(row["loss"] for row in fitted if row["budget"] == budget) for budget in budgets}
 

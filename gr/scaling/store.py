@@ -144,6 +144,11 @@ class RunDir:
         """``kind``: the exception's class, or ``crash``."""
         write_json(self.path / "error.json", {"kind": kind, "message": message})
 
+    def reason(self) -> str:
+        """Why it diverged or failed, in words; empty otherwise."""
+        result, error = self.result(), self.error() or {}
+        return str((error.get("message") if result is None else result["reason"]) or "")
+
     def batches(self) -> dict[str, int] | None:
         """``batch_size`` and ``accumulate`` that fit where those of the spec did not."""
         raw = read_json(self.path / "memory.json")

@@ -41,9 +41,8 @@ def collect(folder: Path) -> tuple[Path, int]:
     rows, timings = [], []
     for run in all_runs(folder):
         spec, result, state = run.spec(), run.result() or {}, run.state()
-        error = run.error() or {}
         row: dict[str, Any] = {name: getattr(spec, name) for name in ("run_id", "study", "variant", "recipe")}
-        row |= {"status": state, "reason": result.get("reason") or error.get("message", "")}
+        row |= {"status": state, "reason": run.reason()}
         row |= {"scale": spec.scale, "budget": spec.budget, "seed": spec.seed, "holdout": int(spec.holdout)}
         row |= {"max_events": spec.config["layout"]["max_events"], "train_users": spec.config.get("train_users", 0)}
         row |= {"data_hash": spec.data_hash[:12], "eval_hash": spec.eval_hash, "epochs": spec.planned["epochs"]}

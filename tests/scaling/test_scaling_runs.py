@@ -83,7 +83,7 @@ def test_a_run_of_another_log_fails_with_its_reason(planned) -> None:
     from gr.scaling.worker import work_here
 
     assert work_here(folder.path) == "failed"
-    assert "plan the study again" in folder.error()["message"] and folder.state() == "failed"
+    assert "plan the study again" in folder.reason() and folder.state() == "failed"
 
 
 def driver_and_workers_killed(args: list[str], folder: Path) -> None:
@@ -143,6 +143,7 @@ def test_a_run_that_diverges_is_a_result_and_is_kept(planned) -> None:
     assert outcome.ran == {spec.run_id: "diverged"} and folder.state() == "diverged"
     assert "training diverged at step" in folder.result()["reason"]
     assert run_plan(study, [spec], say=lambda line: None).already == 1
+    assert folder.reason() == folder.result()["reason"]
 
 
 def test_a_selftest_with_one_failed_check_says_which_and_ends_with_1(monkeypatch, capsys, tmp_path) -> None:
