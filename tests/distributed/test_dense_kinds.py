@@ -122,7 +122,7 @@ def test_the_bare_model_and_the_best_file_hold_the_same_whole_weights(runs, kind
         assert found.keys() == best["model"].keys()
         for name, weight in expected["model"].items():
             assert torch.equal(found[name], best["model"][name])
-            torch.testing.assert_close(found[name], weight, rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "step"), CHAIN)
