@@ -125,8 +125,7 @@ def preparation() -> str:
     return (
         f"a generated log of {counts['rows_read']:,} events, {counts['users']:,} users and {counts['items']:,} items "
         f"({row['parameters']['files']} Parquet files) was prepared with a peak of "
-        f"{row['prepare']['peak_rss_gib']:.2f} GiB of memory; reading the result whole, as training does, took "
-        f"{row['read']['peak_rss_gib']:.2f} GiB (`python -m benchmarks.data.out_of_core`)."
+        f"{row['prepare']['peak_rss_gib']:.2f} GiB of memory (`python -m benchmarks.data.out_of_core`)."
     )
 
 

@@ -184,7 +184,7 @@ def rank_padded(model: PlainHSTU, loader: EvalLoader, mask_seen: bool, by_count:
         by_count: Count the better scores; otherwise sort all of them, as the paper's code does.
     """
     store, targets = loader.store, loader.targets
-    items = torch.from_numpy(np.asarray(store.columns["item_id"]))
+    items = torch.from_numpy(np.array(store.columns["item_id"]))  # mapped columns cannot be written to
     start, count = (torch.from_numpy(a) for a in (np.asarray(store.offsets)[targets.user], targets.position))
     ranks = np.empty(len(targets), np.int64)
     with torch.no_grad():

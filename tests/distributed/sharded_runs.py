@@ -27,6 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "rowwise_adagrad_sampled": {
         "optimizer": {"kind": "rowwise_adagrad", "lr": 0.05}, "objective": EACH, "layout": "items"
     },
+    "hashed": {"optimizer": {"kind": "adagrad", "lr": 0.05}, "objective": FULL, "layout": "added", "item_rows": 100},
     "adagrad_full": {"optimizer": {"kind": "adagrad", "lr": 0.02}, "objective": FULL, "layout": "interleaved"},
 }  # fmt: skip
 
@@ -41,7 +42,7 @@ def run_config(folder: Path, run: str, sharding: str | None, **tables: Any) -> R
         },
         "layout": {"kind": parts["layout"], "max_events": 28},
         "model": {
-            "dim": 16, "table_init_std": 0.1,
+            "dim": 16, "table_init_std": 0.1, "item_rows": parts.get("item_rows", 0),
             "encoder": {"kind": "hstu", "num_layers": 1, "num_heads": 2, "dim_qk": 8, "dim_v": 8, "dropout": 0.0},
             "preprocessor": {"dropout": 0.0},
         },

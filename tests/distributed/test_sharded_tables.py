@@ -32,6 +32,7 @@ PROOFS = [
 TRAINED = f"row_wise-{SAVED}"
 AT = 20
 SEEN = (False, True, "window")
+HASHED_SPANS = ((0, 121), (7, 30), (55, 70), (120, 121))
 # What goes on from step AT of the run TRAINED, which two processes made with tables divided by rows.
 RESUMED = {"two": "row_wise", "two-table-wise": "table_wise", "three": "row_wise"}
 
@@ -55,6 +56,7 @@ def two_workers(rank: int, world: int, folder: str) -> None:
             train(path, f"{sharding}-{run}", run_config(path, run, sharding), ctx)
         train(path, "row_wise-fp16", run_config(path, "adagrad_full", "row_wise", rows="fp16"), ctx)
         answers(path, ctx)
+        hashed_answers(path, ctx)
         if ctx.is_main:
             for name in RESUMED:
                 cut_off(path, name)
@@ -91,6 +93,21 @@ def answers(path: Path, ctx: ProcessContext) -> None:
         assert not frozen.requires_grad
         assert torch.equal(torch.cat([vectors.clone() for _, vectors in tables.iter_vectors("item")]), before)
         torch.save({**found, "ranks": ranks}, path / f"answers-{sharding}-{ctx.rank}.pt")
+
+
+def hashed_answers(path: Path, ctx: ProcessContext) -> None:
+    """Scores and ranks where items share rows."""
+    for sharding in ("row_wise", "table_wise"):
+        config = run_config(path, "hashed", sharding)
+        store, split = open_data(config)
+        model = assemble(config, store, split, ctx)
+        load_weights(model, path / f"{sharding}-hashed" / "best.pt", "cpu", ctx)
+        query = torch.randn(3 + ctx.rank, 16, generator=torch.Generator().manual_seed(ctx.rank))
+        logits = [model.tables.logits(query, "item", span, double) for span in HASHED_SPANS]
+        loader = eval_loader(config, store, split.test, ctx)
+        ranked = rank_by_shards(model, loader, "window", ctx)
+        ranks = np.stack([ranked.better, ranked.tied, ranked.candidates])
+        torch.save({"query": query, "logits": logits, "ranks": ranks}, path / f"hashed-{sharding}-{ctx.rank}.pt")
 
 
 def three_workers(rank: int, world: int, folder: str) -> None:
@@ -157,6 +174,25 @@ def test_ranks_are_those_of_one_process_that_loads_the_same_weights(runs, shardi
         assert ranked.better.max() > 10
         for answer in both:
             np.testing.assert_array_equal(answer["ranks"][seen], expected)
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
+def test_items_that_share_rows_are_scored_and_ranked_as_in_one_process(runs, sharding):
+    config = run_config(runs, "hashed", None)
+    store, split = open_data(config)
+    model = assemble(config, store, split)
+    load_weights(model, runs / f"{sharding}-hashed" / "best.pt")
+    spec = model.tables.specs["item"]
+    assert (spec.num_rows, spec.num_ids) == (100, 121)
+    items = model.tables.weights["item"][spec.rows_of(torch.arange(121))]
+    ranked = rank_targets(model, eval_loader(config, store, split.test, ProcessContext()), "window")
+    expected = np.stack([ranked.better, ranked.tied, ranked.candidates])
+    assert 0.2 < (ranked.tied > 0).mean() < 1.0
+    for rank in range(2):
+        found = torch.load(runs / f"hashed-{sharding}-{rank}.pt", weights_only=False)
+        np.testing.assert_array_equal(found["ranks"], expected)
+        for (lo, hi), logits in zip(HASHED_SPANS, found["logits"], strict=True):
+            torch.testing.assert_close(logits, found["query"] @ (2 * items[lo:hi]).T)
 
 
 @pytest.mark.parametrize("name", ["two", "two-table-wise", "three", "one"])
