@@ -26,13 +26,15 @@ from gr.launch.torchrun import check_counts, threads
 
 _LOOK_EVERY_S = 1.0
 _REACH_S = 20.0
+_STARTS = 3  # Ray gives its own start 30 s, which a busy machine exceeds
 _ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # imports from a network file system take longer than Ray's 60 s
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 # On one machine nothing is preempted, and without a dashboard nobody asks for metrics.
-_ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+# Its workers would run at niceness 15, behind everything else of this machine.
+_ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0", "RAY_worker_niceness": "0"}
 # Tells every second that there is no dashboard to ask.
 _NOISE = "(PlacementGroupCleaner "
 
@@ -111,7 +113,7 @@ def connect(address: str, cpus: int) -> None:
         cpus: Cores that our own believes to have.
 
     Raises:
-        UserError: Nobody at ``address``.
+        UserError: Nobody at ``address``, or our own does not start.
     """
     if address:
         host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -123,7 +125,18 @@ def connect(address: str, cpus: int) -> None:
     import ray
 
     mine = {} if address else dict(num_cpus=cpus, include_dashboard=False, object_store_memory=2**28)
-    ray.init(address=address or "local", log_to_driver=True, **mine)
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(address=address or "local", log_to_driver=True, **mine)
+            return
+        except Exception as error:  # Ray has no class for it
+            ray.shutdown()
+            if "timed out during startup" not in str(error):
+                raise
+            if not left:
+                raise UserError(
+                    f"Ray did not start on this machine in {_STARTS} attempts of half a minute; is it overloaded?"
+                ) from None
 
 
 def execute(job: Job) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,12 @@ class Ray:
         """Since the last call."""
         if not self._running:
             return []
-        ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=0.2)
+        try:
+            ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+        except SystemError as error:  # what a signal raised while Ray's C code ran
+            raise error.__cause__ or error from None
+        if not ready:
+            time.sleep(0.2)  # where signals do no harm
         return [(self._running.pop(reference), self._state(reference)) for reference in ready]
 
     def _state(self, reference: Any) -> str:
