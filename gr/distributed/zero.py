@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -201,6 +202,8 @@ def _deepspeed(ctx: ProcessContext) -> ModuleType:
             f"distributed.dense.kind is zero1 or zero2, which need deepspeed ({error}); "
             "run make setup, or set it to ddp or fsdp2"
         ) from None
+    # torch 2.13 renames a function that DeepSpeed calls.
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     # On a CPU it would compile an all-reduce of its own over shared memory, for up to a minute.
     backend = sys.modules["deepspeed.comm.torch"]
     build, backend.build_shm_op = backend.build_shm_op, lambda: None
