@@ -19,7 +19,19 @@ class UserError(ValueError):
 
 
 class Diverged(UserError):
-    """Training met a loss or a gradient that is not finite."""
+    """Training met a loss or a gradient that is not finite.
+
+    Args:
+        reason: What was met, at which step, and what may help.
+        kept: Where the batch is, in words.
+
+    Attributes:
+        reason: The first half of the sentence, the same wherever the run's folder lies.
+    """
+
+    def __init__(self, reason: str, kept: str) -> None:
+        super().__init__(f"{reason}; {kept}")
+        self.reason = reason
 
 
 class OutOfMemory(UserError):

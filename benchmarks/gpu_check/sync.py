@@ -65,7 +65,7 @@ def without_waiting(context: Context) -> Result:
         batches = iter([trainer._make_batch(0, index, index) for index in range(3)])
         trainer._step(run, batches, 1)
         watched(context.device == "cuda", lambda: trainer._step(run, batches, 1))
-        norms = [float(result.grad_norm) for _, result in trainer._pending]
+        norms = [float(taken.result.grad_norm) for taken in trainer._pending]
     assert len(norms) == 2 and all(norm > 0 for norm in norms)
     if context.device != "cuda":
         return {"cannot": "a CPU has nothing to wait for; the step ran"}

@@ -93,9 +93,6 @@ class Unsaved(Trainer):
     def _save(self, *_: Any) -> None:
         pass
 
-    def _save_best(self) -> None:
-        pass
-
     def _load_best(self) -> None:
         pass
 

@@ -40,7 +40,7 @@ def write_tables(saved: Mapping[str, Any], folder: Path, ctx: ProcessContext) ->
     with main_only_errors(ctx) as main:
         if main:
             with _told(folder, "cannot be saved", _ADVICE):
-                folder.mkdir()
+                folder.mkdir(parents=True)
     error, mine = None, {}
     try:
         with _told(folder, "cannot be saved", _ADVICE):

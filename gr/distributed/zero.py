@@ -96,9 +96,10 @@ class ZeroEngine(Engine):
             return torch.full((), torch.nan, device=self.ctx.device)
         average_gradients(self._tables, self.ctx)
         self._deepspeed.step()
-        if self._of_tables is not None:
+        norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=self.ctx.device)
+        if self._of_tables is not None and (norm.device.type != "cpu" or bool(torch.isfinite(norm))):
             self._of_tables.step()
-        return torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=self.ctx.device)
+        return norm
 
     # Between steps ------------------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ def _work(run: RunDir, spec: RunSpec, ctx: ProcessContext) -> str:
     try:
         trained = trainer.fit()
     except Diverged as diverged:
-        run.write_result(_record(spec, ctx, model, trainer, 0.0, str(diverged), {}, None))
+        run.write_result(_record(spec, ctx, model, trainer, 0.0, diverged.reason, {}, None))
         return "diverged"
     if trained.status == "stopped":
         return "stopped"

@@ -114,7 +114,8 @@ def run_step(
     grad_norm = engine.update(None if scale_first else _scale(sums[1], ctx), sums[:2])
     if not finite:
         grad_norm = torch.full_like(grad_norm, torch.nan)
-    if tables is not None:
+    finite = device.type != "cpu" or bool(torch.isfinite(torch.cat([sums[:2], grad_norm.double().reshape(1)])).all())
+    if tables is not None and finite:
         tables.update()
     work = Work(cost.tokens, cost.pairs, cost.forward_flops, *rows, forward)
     return StepResult(sums, own, names, grad_norm, work)

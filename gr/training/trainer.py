@@ -424,7 +424,8 @@ class Trainer:
         precision = ", or use precision fp32" if self.config.precision == "bf16" else ""
         raise Diverged(
             f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}; lower optimizer.lr "
-            f"(now {self.config.optimizer.lr}), set clip_norm (now {self.config.clip_norm}) to 1.0{precision}; {kept}"
+            f"(now {self.config.optimizer.lr}), set clip_norm (now {self.config.clip_norm}) to 1.0{precision}",
+            kept,
         )
 
     def _write_line(self, run: _PhaseRun) -> None:

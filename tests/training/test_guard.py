@@ -11,12 +11,14 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from gr.distributed import engine
-from gr.distributed.process import process
+from gr.distributed.engine import Engine
+from gr.distributed.process import ProcessContext, process
 from gr.errors import Diverged, UserError
 from gr.losses import Losses
 from gr.training import guard, trainer
 from gr.training.guard import load_evidence, replay
-from gr.training.phase import Phase
+from gr.training.phase import Phase, StepContext
+from gr.training.step import run_step
 from gr.training.weights import load_weights
 from tiny_training import TinyLoader, TinyModel, same, tiny_config, tiny_trainer, weights
 
@@ -108,6 +110,21 @@ def test_all_micro_batches_of_the_step_are_kept(tmp_path):
         tiny_trainer(tmp_path, tiny_config(accumulate=2), model=fragile(), loader=poisoned(1000.0)).fit()
     seen = again(tmp_path / "diverged" / "step-00000006" / "rank-0.pt")
     assert [math.isfinite(loss) for loss, _ in seen] == [True, False]
+
+
+@pytest.mark.parametrize(("x", "learned"), [(0.0, True), (-1.0, False)])
+def test_tables_do_not_learn_what_is_not_finite(x, learned):
+    class Tables:
+        updated = False
+
+        def update(self) -> None:
+            self.updated = True
+
+    tables, model, ctx = Tables(), fragile(), ProcessContext()
+    engine = Engine(model, torch.optim.AdamW(model.parameters()), list(model.parameters()), ctx)
+    batch = poisoned(x).batch(EPOCH, INDEX, 0)
+    run_step(engine, Phase(), iter([batch]), 1, StepContext(0, 5), ctx, bf16=False, tables=tables)
+    assert tables.updated == learned
 
 
 def worker(rank: int, world: int, folder: str) -> None:
