@@ -135,7 +135,8 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize(("sharding", "run"), PROOFS)
 def test_fifty_steps_are_those_of_local_tables(runs, sharding, run):
     local, other = losses(runs / f"local-{run}"), losses(runs / f"{sharding}-{run}")
-    assert len(local) == len(other) == 50 and local[-1] < 0.5 * local[0]
+    share = 0.8 if run == "hashed" else 0.5  # items of one row cannot be told apart
+    assert len(local) == len(other) == 50 and local[-1] < share * local[0]
     torch.testing.assert_close(other, local, rtol=1e-6, atol=0)
 
 
