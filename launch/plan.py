@@ -115,14 +115,14 @@ def count(config: Any, plans: tuple[TablePlan, ...], dense: int, world: int) -> 
         wanted = tokens
         if plan.spec.name == "item" and negatives is not None:  # the label of each token, and what is drawn
             drawn = negatives.num if negatives.shared else tokens * negatives.num
-            wanted += tokens + min(drawn, plan.spec.num_rows)
+            wanted += tokens + min(drawn, plan.spec.num_ids)
         lookups += wanted
         ids += wanted * (world - 1 if plan.sharding == "column_wise" else away)
     # Asked and answered vectors, and the gradients of both.
     step = 4 * lookups * width * _FP32
     scored = 0
     if negatives is None:  # the rows that this rank scores, looked up, and their gradient
-        items = next(plan.spec.num_rows for plan in plans if plan.spec.name == "item")
+        items = next(plan.spec.num_ids for plan in plans if plan.spec.name == "item")
         scored = 2 * -(-items // (world if sharded else 1)) * width
     fullest = max(range(world), key=lambda rank: held[rank] + kept[rank])
     memory = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from gr import config as configs
 from gr.data.layout import LayoutConfig
-from gr.data.split import Split, make_split
+from gr.data.split import Split, make_split, thin
 from gr.data.store import EventStore, read_store
 from gr.errors import UserError
 from gr.models.recommender import Recommender
@@ -145,7 +145,7 @@ def open_log(folder: RunFolder, config: Any, cache_dir: str | Path | None = None
     digest, place = log_of(folder)
     if cache_dir is None and place is not None and Path(place).is_dir():
         store = read_store(place)
-        split = make_split(config.split, store)
+        split = thin(make_split(config.split, store), config.train_users)
     else:
         store, split = open_data(config, None if cache_dir is None else str(cache_dir))
     if store.manifest["content_hash"] != digest:

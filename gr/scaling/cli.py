@@ -61,13 +61,14 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> int:
         table, count = collect(study.folder)
         print(f"{count} runs: {table}")
         return 0
-    from gr.scaling.driver import run_plan
+    from gr.scaling.driver import check_total, run_plan
     from gr.scaling.plan import assumed_rate, make_plan
     from gr.scaling.recipe import find_recipe
 
     plan = make_plan(study, path)
     if args.command == "run":
         specs = _chosen(plan.specs, args.only)
+        check_total(study, specs)
         if args.dry_run or study.executor == "print":
             return _print(study, specs, args.dry_run)
         outcome = run_plan(study, specs)

@@ -51,7 +51,7 @@ def run_plan(
     Raises:
         UserError: What is left would spend more than ``limits.total_flops``; another driver is at this study.
     """
-    _check_total(study, specs)
+    check_total(study, specs)
     with driving(study.folder):
         return _run(study, specs, make_executor(study) if executor is None else executor, say)
 
@@ -81,7 +81,8 @@ def unfinished(study: Study, specs: Sequence[RunSpec]) -> list[RunSpec]:
     ]
 
 
-def _check_total(study: Study, specs: Sequence[RunSpec]) -> None:
+def check_total(study: Study, specs: Sequence[RunSpec]) -> None:
+    """Refuses, with a ``UserError``, runs that with those done would exceed ``limits.total_flops``."""
     limit = study.limits.total_flops
     if limit is None:
         return
@@ -113,11 +114,11 @@ def _run(study: Study, specs: Sequence[RunSpec], executor: Executor, say: Callab
                 _after(study, spec, state, outcome, say)
     except (_Stop, KeyboardInterrupt):
         outcome.stopped = True
-    finally:
+    finally:  # an accident of the driver leaves nothing running either
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-    if outcome.stopped:
-        say(executor.farewell)
+        if outcome.stopped:
+            say(executor.farewell)
         executor.stop()
     return outcome
 

@@ -95,7 +95,7 @@ def open_bench(study: Study, path: Path, name: str) -> Bench:
     base = configs.load(RunConfig, find_base(variant.base, path), list(variant.overrides))
     train = dataclasses.replace(base.train, tensorboard=False)
     base = dataclasses.replace(base, cache=study.cache, device=study.device, train=train)
-    store, split = open_data(base)
+    store, split = open_data(dataclasses.replace(base, train_users=0))  # each cell thins it as its config says
     return Bench(name, find_recipe(variant.recipe), base, store, split)
 
 

@@ -57,7 +57,8 @@ class Slurm:
         """Submits a job, unless that of an earlier driver is still there."""
         folder = folder.absolute()
         job = (read_json(folder / "job.json") or {}).get("slurm")
-        if job is None or job not in (self._queue() or []):
+        queue = None if job is None else self._queue()
+        if job is None or (queue is not None and job not in queue):  # while Slurm does not answer it may be there
             text = script(folder, self.resources)
             done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True)
             found = re.match(r"\d+", done.stdout)

@@ -65,15 +65,18 @@ def work(folder: Path, ctx: ProcessContext) -> str:
 
 def _divide(run: RunDir, spec: RunSpec) -> bool:
     """Has the next attempt take a step's sequences in twice as many parts (an odd number of them: in as few as divide
-    it), so that it learns from the same sequences in the same order; False where one at a time did not fit."""
+    it), so that it learns from the same sequences in the same order; False where one at a time did not fit, or where
+    a part would learn something else: in_batch takes its negatives from it."""
     train = spec.config["train"]
+    if spec.config["objective"]["kind"] == "in_batch":
+        return False
     now = run.batches() or {"batch_size": train["batching"]["batch_size"], "accumulate": train["accumulate"]}
     size = now["batch_size"]
     parts = next((p for p in range(2, size + 1) if size % p == 0), None)
     if parts is None:
         return False
+    shutil.rmtree(run.model, ignore_errors=True)  # begun with other batches; first, for a death between the two
     run.write_batches(size // parts, now["accumulate"] * parts)
-    shutil.rmtree(run.model, ignore_errors=True)  # begun with other batches
     return True
 
 

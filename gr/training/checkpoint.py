@@ -181,6 +181,11 @@ def find_checkpoint(folder: Path, ctx: ProcessContext | None = None) -> Found:
     if damaged:
         words = "; ".join(f"{path.name}: {wrong}" for path, wrong in damaged.items())
         raise UserError(f"no checkpoint in {folder} is whole ({words}); move that folder away to start again")
+    if any(folder.glob("step-*.pt")):
+        raise UserError(
+            f"{folder} holds checkpoints of an earlier version (step-*.pt), which this one does not read; "
+            "choose another run folder"
+        )
     return Found()
 
 

@@ -110,7 +110,7 @@ class TrainConfig:
         checkpoint_every_steps: Saves within an epoch too; 0: after every epoch only.
         checkpoint_async: Training waits for a copy in memory, not for the disk. Takes host memory for one more copy of
             what a process saves (rank 0: dense weights and moments; each rank: its share of tables that own their
-            optimizer).
+            optimizer). Where those lie on GPUs, the save is waited for all the same.
         keep_last: How many checkpoints stay on disk.
         log_every_steps: Steps per line of metrics.jsonl.
         tensorboard: Writes TensorBoard events where the package is installed.

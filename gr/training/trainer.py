@@ -191,7 +191,9 @@ class Trainer:
                 if main:
                     stack.enter_context(self.folder.lock())
             self._stop = stack.enter_context(StopSignal())
-            self._saver = stack.enter_context(Saver(self.ctx, self.config.checkpoint_async))
+            # Copies of shards that lie on a GPU have not been tried: there the save is waited for.
+            untried = self.ctx.device.type == "cuda" and getattr(own_tables(self.model), "sharded", False)
+            self._saver = stack.enter_context(Saver(self.ctx, self.config.checkpoint_async and not untried))
             stack.callback(self._progress.close)
             stack.enter_context(_kept_requires_grad(self.model))
             self._stopping = False

@@ -151,6 +151,8 @@ def test_a_sweep_that_would_spend_too_much_is_refused_before_it_begins(swept, tm
     more = study_args(swept[0], swept[1].parent, "--seeds.smallest_budget", "1")
     assert run_cli(main, ["run", *more, "--limits.total_flops", "1e9"]) == 2
     assert "has spent 8e+08 model FLOPs and what is left would spend 3.9" in capsys.readouterr().err
+    assert main(["run", *more, "--limits.total_flops", "1e9", "--dry-run"]) == 2
+    assert "has spent" in capsys.readouterr().err
     assert main(["run", *more, "--limits.total_flops", "1.3e9", "--dry-run"]) == 0
 
 
@@ -159,12 +161,12 @@ def test_a_run_that_does_not_fit_into_memory_learns_the_same_in_parts_and_says_s
 ) -> None:
     real, seen = trainer.run_step, []
 
-    def small_device(model, phase, optimizer, dense, batches, *rest, **more):
+    def small_device(engine, phase, batches, *rest, **more):
         batches = list(batches)
         seen.append(max(batch.num_sequences for batch in batches))
         if seen[-1] > most:
             raise torch.OutOfMemoryError("as a small device would")
-        return real(model, phase, optimizer, dense, iter(batches), *rest, **more)
+        return real(engine, phase, iter(batches), *rest, **more)
 
     monkeypatch.setattr(trainer, "run_step", small_device)
     args = study_args(swept[0], tmp_path, *TWO)

@@ -94,6 +94,12 @@ def test_without_a_whole_checkpoint_there_is_one_sentence_and_nothing_changes(tm
     assert names(tmp_path) == ["step-00000004", "step-00000006"]
 
 
+def test_checkpoints_of_an_earlier_layout_are_refused_not_begun_over(tmp_path):
+    (tmp_path / "step-00000040.pt").touch()
+    with pytest.raises(UserError, match="holds checkpoints of an earlier version"):
+        find_checkpoint(tmp_path)
+
+
 def test_what_was_cut_off_is_never_read_and_goes_with_the_next_save(tmp_path):
     save_three(tmp_path)
     shutil.copytree(tmp_path / "step-00000006", tmp_path / "step-00000008.tmp")

@@ -24,6 +24,9 @@ from tiny_training import TinyLoader, TinyModel, same, tiny_config, tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
+MEASURED = {"seconds", "tokens_per_s", "step_s", "achieved_tflops", "mfu", "imbalance", "padding", "memory_gib"} | {"ranks"}
+"""Fields of a line that are of this process, not of what was learned."""
+
 
 class Boom(Exception):
     """An accident."""
@@ -58,7 +61,7 @@ def undisturbed(tmp_path, config, **kwargs):
 
 def deterministic_lines(folder) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
