@@ -5,6 +5,7 @@ Study, cache and code must lie where every machine finds them under the same nam
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,12 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gr.errors import UserError
+from gr.errors import STOPPED, UserError
 from gr.launch.ray import connect
 from gr.scaling.design import Resources
 from gr.scaling.executors import SAVING, STATES, THREADS, worker
 
 GRACE_S = 600.0  # for all to save
+STOP = "stop"  # in a run's folder: its task is to end it
 
 
 class Ray:
@@ -47,7 +49,8 @@ class Ray:
     def start(self, folder: Path) -> None:
         """Hands it to Ray, which may keep it waiting for cores."""
         folder = folder.absolute()
-        reference = self._task.remote(worker(folder), os.getcwd(), self._env, str(folder / "log.txt"))
+        (folder / STOP).unlink(missing_ok=True)
+        reference = self._task.remote(worker(folder), os.getcwd(), self._env, str(folder))
         self._running[reference] = folder
 
     def ended(self) -> list[tuple[Path, str]]:
@@ -69,10 +72,13 @@ class Ray:
             return "failed"  # its machine was lost more often than it may be
 
     def stop(self) -> None:
-        """A cancelled task hands SIGTERM on and waits for the save."""
-        for reference in self._running:
-            self._ray.cancel(reference)
-        self._ray.wait(list(self._running), num_returns=len(self._running), timeout=GRACE_S)
+        """Tasks find a file, hand SIGTERM on and wait for the save: Ray's own cancelling reaches them too late."""
+        for folder in self._running.values():
+            (folder / STOP).touch()
+        if self._running:
+            self._ray.wait(list(self._running), num_returns=len(self._running), timeout=GRACE_S)
+        for folder in self._running.values():
+            (folder / STOP).unlink(missing_ok=True)
         self._ray.shutdown()
 
 
@@ -90,14 +96,18 @@ def check_size(asked: dict[str, float], has: dict[str, float]) -> None:
             )
 
 
-def _work(argv: list[str], folder: str, env: dict[str, str], log: str) -> int:
+def _work(argv: list[str], cwd: str, env: dict[str, str], folder: str) -> int:
     """In a Ray worker: the exit status of the run's process."""
-    with open(log, "ab") as out:
+    stop, asked = Path(folder) / STOP, False
+    if stop.exists():
+        return STOPPED
+    with open(Path(folder) / "log.txt", "ab") as out:
         child = subprocess.Popen(
-            argv, cwd=folder, env={**os.environ, **env}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            argv, cwd=cwd, env={**os.environ, **env}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
-    try:
-        return child.wait()
-    except BaseException:  # cancelled
-        child.send_signal(signal.SIGTERM)
-        return child.wait()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(0.5)
+        if stop.exists() and not asked:
+            asked = True
+            child.send_signal(signal.SIGTERM)
