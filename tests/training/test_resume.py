@@ -24,7 +24,9 @@ from tiny_training import TinyLoader, TinyModel, same, tiny_config, tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
-MEASURED = {"seconds", "tokens_per_s", "step_s", "achieved_tflops", "mfu", "imbalance", "padding", "memory_gib"} | {"ranks"}
+MEASURED = {"seconds", "tokens_per_s", "step_s", "achieved_tflops", "mfu", "imbalance", "padding", "memory_gib"} | {
+    "ranks"
+}
 """Fields of a line that are of this process, not of what was learned."""
 
 
