@@ -124,6 +124,7 @@ def form_of(max_seq_len: int, delta: bool, deterministic: bool, packed_block: in
 
 _Sizes = tuple[int, int, int, int]
 _FLOATS = {(kernel, False, None): ((32, 32, 4, 1),) * 5 for kernel in KERNELS}
+_FLOATS |= {(k, False, None): (*((32, 32, 4, 1),) * 3, *((16, 16, 4, 1),) * 2) for k in KERNELS if "packed" in k}
 _SHIPPED: dict[int, dict[tuple[str, bool, bool | None], tuple[_Sizes, ...]]] = {
     # (kernel, half, bias or either): (block_m, block_n, num_warps, num_stages) for dims 16, 32, 64, 128, 256.
     # The rows of a tile (queries, backward keys) are 16 a warp: with fewer, warps may share rows and both compute the
