@@ -151,7 +151,7 @@ def test_a_sweep_that_would_spend_too_much_is_refused_before_it_begins(swept, tm
     more = study_args(swept[0], swept[1].parent, "--seeds.smallest_budget", "1")
     assert run_cli(main, ["run", *more, "--limits.total_flops", "1e9"]) == 2
     assert "has spent 8e+08 model FLOPs and what is left would spend 3.9" in capsys.readouterr().err
-    assert main(["run", *more, "--limits.total_flops", "1e9", "--dry-run"]) == 2
+    assert run_cli(main, ["run", *more, "--limits.total_flops", "1e9", "--dry-run"]) == 2
     assert "has spent" in capsys.readouterr().err
     assert main(["run", *more, "--limits.total_flops", "1.3e9", "--dry-run"]) == 0
 
