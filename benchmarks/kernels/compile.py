@@ -50,6 +50,12 @@ FUNCTIONS = {
     "backward_packed": "packed_kernel",
 }
 LONGEST, LENGTHS, HEADS = 4096, (300, 1, 77), 4
+REQUIRED = (
+    "Required of each: no stack, no local loads or stores, shared memory within the architecture's, instructions of "
+    "the special-function unit as designed; of 16-bit kernels also tensor-core instructions. float32 kernels multiply "
+    'in float32 (`torch.get_float32_matmul_precision()` "highest", the default), which tensor cores do not; they are '
+    'compiled with the causal mask alone, and with TF32 products ("high") not at all.'
+)
 SOURCES = ("triton_kernels.py", "triton_launch.py", "triton_packed.py", "triton_scores.py")
 
 
@@ -234,7 +240,7 @@ def main(argv: list[str]) -> int:
             f"# HSTU attention compiled ahead of time\n\n`{environment['command']}`  \ncommit "
             f"{environment.get('git_commit', 'unknown')}, kernels' source {source()}, triton "
             f"{environment.get('triton')}, torch {environment['torch']}. {_told(found, len(every))}. Counts of machine "
-            "code, nothing was run.\n\n"
+            f"code, nothing was run.\n\n{REQUIRED}\n\n"
         )
         options.out.write_text(heading + compiled.table(found), encoding="utf-8")
     print(_told(asked, len(some)))

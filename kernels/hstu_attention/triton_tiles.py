@@ -123,8 +123,17 @@ def form_of(max_seq_len: int, delta: bool, deterministic: bool, packed_block: in
 
 
 _Sizes = tuple[int, int, int, int]
-_FLOATS = {(kernel, False, None): ((32, 32, 4, 1),) * 5 for kernel in KERNELS}
-_FLOATS |= {(k, False, None): (*((32, 32, 4, 1),) * 3, *((16, 16, 4, 1),) * 2) for k in KERNELS if "packed" in k}
+_FLOATS: dict[tuple[str, bool, bool | None], tuple[_Sizes, ...]] = {
+    # Float32 products (IEEE) do without tensor cores, and rows of both operands go into registers: wide heads have
+    # small tiles and eight warps. Stages of loads go through shared memory, and save registers where there is no bias.
+    ("forward", False, None): ((32, 32, 4, 1),) * 5,
+    ("forward_packed", False, None): (*((32, 32, 4, 1),) * 3, *((16, 16, 4, 1),) * 2),
+    ("backward_query", False, False): (*((32, 32, 4, 1),) * 2, (32, 32, 4, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    ("backward_query", False, True): (*((32, 32, 4, 1),) * 3, (16, 16, 8, 1), (16, 32, 4, 1)),
+    ("backward", False, False): (*((32, 32, 4, 1),) * 2, (32, 32, 4, 2), (16, 16, 8, 1), (16, 16, 8, 2)),
+    ("backward", False, True): ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1), *((16, 16, 8, 1),) * 2),
+    ("backward_packed", False, None): ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1), *((16, 16, 4, 1),) * 2),
+}  # fmt: skip
 _SHIPPED: dict[int, dict[tuple[str, bool, bool | None], tuple[_Sizes, ...]]] = {
     # (kernel, half, bias or either): (block_m, block_n, num_warps, num_stages) for dims 16, 32, 64, 128, 256.
     # The rows of a tile (queries, backward keys) are 16 a warp: with fewer, warps may share rows and both compute the

@@ -142,7 +142,7 @@ def row(**changed) -> compiled.Row:
         ({"dtype": "float32", "hmma": 0, "reciprocals": 1.0}, []),
         ({"dtype": "float32", "hmma": 0, "reciprocals": 1.5}, ["1.50 reciprocals"]),
         # By design up to four warps make each score.
-        ({"kernel": "backward", "dim": 256, "bias": True, "scored": 2.0}, []),
+        ({"kernel": "backward", "dim": 256, "bias": True, "scored": 4.0}, []),
         (
             {"kernel": "backward", "dim": 256, "bias": True, "scored": 4.5},
             ["4.5 tanh or exp a score, by design 1 to 4"],
