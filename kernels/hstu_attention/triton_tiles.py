@@ -1,9 +1,9 @@
 """Which kernels a call launches and with which tile: plain data and look-ups, no triton.
 
 A tile is found by a :class:`Key`: in the user's own file, which a tuner writes, else in the shipped table. Shipped
-tiles were chosen by compiling (no spills but where none was found: float32's backward of 256 columns with a bias; shared
-memory that fits), not by measuring. Whoever stands in for a GPU or
-tries tiles replaces :func:`architecture`, or works within :func:`forced`.
+tiles were chosen by compiling, not by measuring: shared memory that fits, and no spills, but where no such tile was
+found (float32's backward of 256 columns with a bias). Whoever stands in for a GPU or tries tiles replaces
+:func:`architecture`, or works within :func:`forced`.
 """
 
 from __future__ import annotations
