@@ -127,12 +127,12 @@ _Sizes = tuple[int, int, int, int]
 _FLOATS: dict[tuple[str, bool, bool | None], tuple[_Sizes, ...]] = {
     # Float32 products (IEEE) do without tensor cores, and rows of both operands go into registers: wide heads have
     # small tiles and eight warps. Stages of loads go through shared memory, and save registers where there is no bias.
-    ("forward", False, None): ((32, 32, 4, 1),) * 5,
+    ("forward", False, None): (*((32, 32, 4, 1),) * 4, (32, 32, 8, 1)),
     ("forward_packed", False, None): (*((32, 32, 4, 1),) * 3, *((16, 16, 4, 1),) * 2),
     ("backward_query", False, False): (*((32, 32, 4, 1),) * 2, (32, 32, 4, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
     ("backward_query", False, True): (*((32, 32, 4, 1),) * 3, (16, 16, 8, 1), (16, 32, 4, 1)),
     ("backward", False, False): (*((32, 32, 4, 1),) * 2, (32, 32, 4, 2), (16, 16, 8, 1), (16, 16, 8, 2)),
-    ("backward", False, True): ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1), *((16, 16, 8, 1),) * 2),
+    ("backward", False, True): ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), *((16, 16, 8, 1),) * 2),
     ("backward_packed", False, None): ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1), *((16, 16, 4, 1),) * 2),
 }  # fmt: skip
 _SHIPPED: dict[int, dict[tuple[str, bool, bool | None], tuple[_Sizes, ...]]] = {
