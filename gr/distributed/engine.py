@@ -80,8 +80,13 @@ class Engine:
             sums: (n,) float64 of the step, the same on every rank.
 
         Returns:
-            () norm of the dense gradient before clipping.
+            () norm of the dense gradient before clipping; NaN where ``sums`` are known not to be finite.
         """
+        if known_broken(sums):
+            return torch.full((), torch.nan, device=self.ctx.device)
+        return self._update(scale, sums)
+
+    def _update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
         if scale is not None:
             for group in self.param_groups:
                 grads = [_local(p.grad) for p in group["params"] if p.grad is not None]
@@ -91,7 +96,9 @@ class Engine:
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.dense, self.clip_norm, norm)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).to(self.ctx.device)
-        update_if_finite(self.optimizer, torch.cat([sums, norm.double().reshape(1)]))
+        if not known_broken(norm):
+            _hold(self.optimizer, torch.cat([sums, norm.double().reshape(1)]))
+            self.optimizer.step()
         return norm
 
     # Between steps ------------------------------------------------------------------------------------------
@@ -126,29 +133,28 @@ def average_gradients(parameters: Sequence[nn.Parameter], ctx: ProcessContext) -
             parameter.grad.div_(ctx.world)
 
 
+def table_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of a model that has ``table_parameters()``; none of another."""
+    return list(model.table_parameters()) if hasattr(model, "table_parameters") else []
+
+
 def _local(tensor: Tensor) -> Tensor:
     """This process's part of a divided tensor, over the same memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def update_if_finite(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
-    """One update, unless one of ``numbers`` is not finite: the weights then stay those that led there.
+def known_broken(numbers: Tensor) -> bool:
+    """Whether one of ``numbers`` is known not to be finite: never on a GPU, where nobody waits for them."""
+    return numbers.device.type == "cpu" and not bool(torch.isfinite(numbers).all())
 
-    On a GPU nobody waits for the numbers, so the next steps are taken before anybody looks; they update nothing either.
-    (Only fused optimizers of plain tensors can be held back there.)
+
+def _hold(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
+    """From a step on of which one of ``numbers`` is not finite, a fused optimizer of plain tensors updates nothing.
+
+    For a GPU, where the next steps are taken before anybody looks; torch's gradient scaling asks for the same.
     """
-    if numbers.device.type == "cpu":
-        if bool(torch.isfinite(numbers).all()):
-            optimizer.step()
-        return
-    _hold(optimizer, ~torch.isfinite(numbers).all())
-    optimizer.step()
-
-
-def _hold(optimizer: torch.optim.Optimizer, broken: Tensor) -> None:
-    """From a ``broken`` step on, a fused optimizer updates nothing: torch's gradient scaling asks for the same."""
     plain = not any(hasattr(p, "to_local") for group in optimizer.param_groups for p in group["params"])
     if plain and optimizer.defaults.get("fused"):
-        broken = broken.float()
+        broken = (~torch.isfinite(numbers).all()).float()
         before = getattr(optimizer, "found_inf", None)
         optimizer.found_inf = broken if before is None else torch.maximum(before, broken)

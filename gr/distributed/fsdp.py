@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gr.distributed.dense import PlainOutput, Wrapped
-from gr.distributed.engine import Engine, MakeOptimizer, average_gradients
+from gr.distributed.engine import Engine, MakeOptimizer, average_gradients, table_parameters
 from gr.distributed.process import ProcessContext, when_leaving
 
 
@@ -35,7 +35,7 @@ class FSDPEngine(Engine):
         *,
         clip_norm: float | None,
     ) -> None:
-        self._tables = list(model.table_parameters()) if hasattr(model, "table_parameters") else []
+        self._tables = table_parameters(model)
         divided = _divided(model, self._tables, ctx)
         pairs = zip(model.parameters(), divided.model.parameters(), strict=True)
         self._parts = {bare: part for bare, part in pairs if part is not bare}
@@ -53,10 +53,9 @@ class FSDPEngine(Engine):
         self.model.wrapper.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
-    def update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
-        """See ``Engine``; the tables that every process holds are looked after here."""
-        average_gradients(self._tables, self.ctx)
-        return super().update(scale, sums)
+    def _update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
+        average_gradients(self._tables, self.ctx)  # tables that every process holds
+        return super()._update(scale, sums)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:

@@ -193,28 +193,15 @@ def all_reduce_sum(tensor: torch.Tensor, ctx: ProcessContext) -> torch.Tensor:
     return tensor
 
 
-def sum_integers(values: Sequence[int], ctx: ProcessContext) -> list[int]:
-    """Exact sums of Python integers over ranks (each below 2**62 * 2**31 in size)."""
-    if ctx.world == 1:
-        return [int(value) for value in values]
-    limbs = _limbs(values)
-    dist.all_reduce(limbs, group=ctx.group)
-    return [(high << _LIMB) + low for high, low in limbs.tolist()]
-
-
 def gather_integers(values: Sequence[int], ctx: ProcessContext) -> list[list[int]]:
     """Every rank's Python integers (each below 2**94 in size, as many on each rank), in rank order, on every rank."""
     if ctx.world == 1:
         return [[int(value) for value in values]]
-    limbs = _limbs(values)
+    mask = (1 << _LIMB) - 1
+    limbs = torch.tensor([[int(v) >> _LIMB, int(v) & mask] for v in values], dtype=torch.int64)
     everybody = [torch.empty_like(limbs) for _ in range(ctx.world)]
     dist.all_gather(everybody, limbs, group=ctx.group)
     return [[(high << _LIMB) + low for high, low in told.tolist()] for told in everybody]
-
-
-def _limbs(values: Sequence[int]) -> torch.Tensor:
-    mask = (1 << _LIMB) - 1
-    return torch.tensor([[int(v) >> _LIMB, int(v) & mask] for v in values], dtype=torch.int64)
 
 
 def broadcast_object(value: Any, ctx: ProcessContext) -> Any:
@@ -228,7 +215,7 @@ def broadcast_object(value: Any, ctx: ProcessContext) -> Any:
 
 def barrier(ctx: ProcessContext) -> None:
     """Waits until every rank is here."""
-    sum_integers([0], ctx)
+    gather_integers([0], ctx)
 
 
 @contextlib.contextmanager

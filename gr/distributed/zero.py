@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gr.distributed.dense import PlainOutput, Wrapped
-from gr.distributed.engine import Engine, MakeOptimizer, average_gradients
+from gr.distributed.engine import Engine, MakeOptimizer, average_gradients, known_broken, table_parameters
 from gr.distributed.process import ProcessContext, when_leaving
 from gr.errors import UserError
 
@@ -44,7 +44,7 @@ class ZeroEngine(Engine):
         stage: int,
     ) -> None:
         deepspeed = _deepspeed(ctx)
-        self._tables = list(model.table_parameters()) if hasattr(model, "table_parameters") else []
+        self._tables = table_parameters(model)
         self._of_tables = make_optimizer((), tables) if tables else None
         self._marks = {parameter: set(vars(parameter)) for parameter in dense}
         plain = PlainOutput(model)
@@ -85,19 +85,14 @@ class ZeroEngine(Engine):
         """See ``Engine``."""
         self._deepspeed.backward(loss)
 
-    def update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
-        """See ``Engine``; ``scale`` must be ``None``.
-
-        DeepSpeed tells the norm when it has applied the gradients: a norm alone that is not finite does not hold them
-        back. On a GPU nobody waits for ``sums``, and nothing does.
-        """
+    def _update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
+        # DeepSpeed tells the norm when it has applied the gradients: a norm alone that is not finite does not hold
+        # them back. On a GPU, where nobody waits for the sums, nothing does.
         assert scale is None
-        if sums.device.type == "cpu" and not bool(torch.isfinite(sums).all()):
-            return torch.full((), torch.nan, device=self.ctx.device)
         average_gradients(self._tables, self.ctx)
         self._deepspeed.step()
         norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=self.ctx.device)
-        if self._of_tables is not None and (norm.device.type != "cpu" or bool(torch.isfinite(norm))):
+        if self._of_tables is not None and not known_broken(norm):
             self._of_tables.step()
         return norm
 

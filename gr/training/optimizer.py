@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from gr.distributed.engine import table_parameters
 from gr.training.config import OptimizerConfig
 
 
 def split_parameters(model: nn.Module, chosen: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(dense, table) parameters among the chosen; tables are those in ``model.table_parameters()``."""
-    listed = model.table_parameters() if hasattr(model, "table_parameters") else []
-    tables = {id(parameter) for parameter in listed}
+    tables = {id(parameter) for parameter in table_parameters(model)}
     dense = [parameter for parameter in chosen if id(parameter) not in tables]
     return dense, [parameter for parameter in chosen if id(parameter) in tables]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gr.data.batch import JaggedBatch
-from gr.distributed.engine import Engine
+from gr.distributed.engine import Engine, known_broken
 from gr.distributed.process import ProcessContext, all_reduce_sum
 from gr.flops import StepCost
 from gr.training.phase import Phase, StepContext
@@ -82,7 +82,6 @@ def run_step(
     seed_step(context.seed, context.step, ctx.rank)
     sums: Tensor | None = None
     names: tuple[str, ...] = ()
-    finite = True
     cost, rows, forward = StepCost(), (0, 0), Stopwatch(device)
     for number, batch in enumerate(batches):
         assert batch.num_sequences > 0 and batch.num_tokens > 0, f"rank {ctx.rank} got an empty batch"
@@ -101,8 +100,7 @@ def run_step(
                 known = torch.stack([losses.total, losses.weight]).detach().double()
                 weight = all_reduce_sum(known, ctx)[1]
                 # On a GPU nobody waits to know, so that rows of such a batch learn what is not finite.
-                finite = device.type != "cpu" or bool(torch.isfinite(known).all())
-                if finite:
+                if not known_broken(known):
                     engine.backward(losses.total * _scale(weight, ctx).to(losses.total.dtype))
         names = tuple(sorted(losses.parts))
         scalars = [losses.total, losses.weight, *(losses.parts[name] for name in names)]
@@ -112,10 +110,7 @@ def run_step(
     own = sums[:2].clone()
     all_reduce_sum(sums, ctx)
     grad_norm = engine.update(None if scale_first else _scale(sums[1], ctx), sums[:2])
-    if not finite:
-        grad_norm = torch.full_like(grad_norm, torch.nan)
-    finite = device.type != "cpu" or bool(torch.isfinite(torch.cat([sums[:2], grad_norm.double().reshape(1)])).all())
-    if tables is not None and finite:
+    if tables is not None and not known_broken(grad_norm):
         tables.update()
     work = Work(cost.tokens, cost.pairs, cost.forward_flops, *rows, forward)
     return StepResult(sums, own, names, grad_norm, work)

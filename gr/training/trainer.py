@@ -516,7 +516,9 @@ class Trainer:
         if finished and not broadcast_object(self.folder.best.exists(), self.ctx):
             # Removed by hand; a finished run's last checkpoint holds the same weights.
             write_best(gather(self.model, None, self.ctx), self.folder.best, best.step, best.metrics, self.ctx)
-        load_weights(self.model, self.folder.best, self.ctx.device, self.ctx)
+        loaded = load_weights(self.model, self.folder.best, self.ctx.device, self.ctx)
+        # After a damaged checkpoint the one gone on from may be older than the best weights.
+        best.step, best.metrics = loaded["step"], loaded["metrics"]
 
     def _resume(self) -> None:
         found = find_checkpoint(self.folder.checkpoints, self.ctx)

@@ -1,5 +1,4 @@
-"""Kernel of HSTU attention for short rows: several whole rows a program, one tile of scores, each result written once.
-"""
+"""Kernel of HSTU attention for short rows: several whole rows a program, one tile of scores, each result written once."""
 
 from __future__ import annotations
 
