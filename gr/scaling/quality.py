@@ -1,7 +1,8 @@
 """HR, NDCG and the like: four forms, and which of them foretells a run.
 
 ``surface``: Qmax - A N^-alpha - B D^-beta, which is ``law.fit_law`` of 1 - Q. ``through``: in two steps, the logit of Q
-is a parabola in the loss, and the loss follows its own law. Both say a value for any run and are what a run is foretold
+is a parabola in the loss over the three largest budgets (over more it bends both ways, which a parabola does not), and
+the loss follows its own law. Both say a value for any run and are what a run is foretold
 by. Two more are of the best run of each budget, to be read beside others' figures: ``line``: q0 + q1 log10 C, as HSTU's
 are drawn (arXiv 2402.17152), and ``saturating``: Qmax - k C^-gamma. A line cannot saturate; on the study of
 benchmarks/results/scaling_planted.md it was .010 to .049 off ten times ahead where ``surface`` was at most .008.
@@ -21,6 +22,7 @@ from gr.scaling.law import Law, axes_of, fit_law, law_of
 
 Rows = Sequence[dict[str, Any]]
 FEWEST_BUDGETS = 3  # two for a law, one to try the forms on
+PARABOLA = 3  # budgets, the largest, that the logit's parabola is fitted to
 FORETELLS = ("surface", "through")
 FREE = {"surface": 5, "through": 3, "line": 2, "saturating": 3}  # parameters (of ``through``: without the loss's)
 
@@ -95,8 +97,15 @@ def _loss_law(runs: tuple[tuple[float, float, float], ...]) -> Law:
     return fit_law(np.array([n, tokens]), loss)
 
 
+def _recent(rows: Rows) -> Rows:
+    """Runs of the largest budgets."""
+    budgets = sorted({row["budget"] for row in rows})[-PARABOLA:]
+    return [row for row in rows if row["budget"] in budgets]
+
+
 def _through(rows: Rows, metric: str) -> Quality:
     law = _loss_law(tuple((row["n_encoder"], row["tokens"], row["loss"]) for row in rows))
+    rows = _recent(rows)
     inside = np.clip([row[metric] for row in rows], 1e-6, 1 - 1e-6)
     curve = np.polyfit([row["loss"] for row in rows], logit(inside), 2)
     return Quality("through", law=law, curve=(float(curve[0]), float(curve[1]), float(curve[2])))
@@ -110,14 +119,18 @@ FORMS: dict[str, Callable[[Rows, str], Quality]] = {
 }
 
 
-def _seen_by(form: str, rows: Rows, metric: str) -> Sequence[dict[str, Any]]:
-    """The runs that a form speaks of."""
-    return rows if form in FORETELLS else best_of_budgets(rows, metric)
+SPEAKS_OF: dict[str, Callable[[Rows, str], Rows]] = {
+    "surface": lambda rows, metric: rows,
+    "through": lambda rows, metric: _recent(rows),
+    "line": best_of_budgets,
+    "saturating": best_of_budgets,
+}
+"""The runs that a form is fitted to."""
 
 
 def _misses(form: Quality, rows: Rows, metric: str) -> np.ndarray:
     """Said minus seen."""
-    seen = _seen_by(form.form, rows, metric)
+    seen = SPEAKS_OF[form.form](rows, metric)
     return np.array([form(row["budget"], row["n_encoder"], row["tokens"]) - row[metric] for row in seen])
 
 

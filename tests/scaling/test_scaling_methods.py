@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from gr.errors import UserError
 from gr.scaling import law as laws
@@ -167,6 +167,22 @@ def test_a_metric_that_is_a_function_of_the_loss_is_recovered_and_foretold_throu
         if row["budget"] == largest:
             told = foretell(fitted, row["budget"], row["n_encoder"], row["tokens"])
             assert abs(told["predicted"] - row["hr@10"]) < 5e-4
+
+
+def test_a_metric_that_bends_both_ways_is_foretold_by_its_largest_budgets() -> None:
+    """As HR@10 of a planted world: slow at first, then fast, then slow again."""
+    rows = table(surface(7, 7))
+    losses = np.array([row["loss"] for row in rows])
+    middle, half = losses.mean(), np.ptp(losses) / 2
+    rows = with_metric(rows, lambda loss: expit(1.5 - 0.8 * np.sin(1.4 * (loss - middle) / half)))
+    largest = max(row["budget"] for row in rows)
+    fitted = fit_quality([row for row in rows if row["budget"] < largest], "hr@10")
+    last = [row for row in rows if row["budget"] == largest]
+    through = quality_of(fitted["forms"]["through"])
+    wrong = [abs(through(row["budget"], row["n_encoder"], row["tokens"]) - row["hr@10"]) for row in last]
+    everywhere = np.polyfit(losses, [logit(row["hr@10"]) for row in rows], 2)  # the last ones seen, too
+    misfit = [abs(expit(np.polyval(everywhere, row["loss"])) - row["hr@10"]) for row in last]
+    assert np.mean(wrong) < 0.002 and np.mean(misfit) > 0.004
 
 
 @pytest.fixture(scope="module")
