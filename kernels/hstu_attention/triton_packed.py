@@ -1,4 +1,5 @@
-"""Kernel of HSTU attention for short rows: several whole rows a program, one tile of scores, each result written once."""
+"""Kernel of HSTU attention for short rows: several whole rows a program, one tile of scores, each result written once.
+"""
 
 from __future__ import annotations
 
