@@ -76,7 +76,7 @@ def test_one_cell_and_seed_from_two_configs_is_refused(tmp_path, capsys) -> None
 def test_a_table_without_a_finished_run_is_refused_and_names_how_many(status, tmp_path, capsys) -> None:
     rows = [{**row, "status": status} for row in table(surface(3, 4))]
     assert run_cli(main, ["fit", write(tmp_path / "runs.csv", rows)]) == 2
-    assert "0 finished runs to fit" in capsys.readouterr().err
+    assert "at least 6 finished runs, and this table has 0" in capsys.readouterr().err
 
 
 def test_a_grid_has_a_line_of_its_envelope_and_says_once_that_it_has_no_parabolas() -> None:
