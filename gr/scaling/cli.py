@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from gr.errors import Parser, UserError, run_cli
@@ -65,6 +66,8 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> int:
     from gr.scaling.plan import assumed_rate, make_plan
     from gr.scaling.recipe import find_recipe
 
+    print(f"planning {study.name}: its logs are prepared where they are not yet, and the batches of every run counted",
+          file=sys.stderr, flush=True)  # fmt: skip
     plan = make_plan(study, path)
     if args.command == "run":
         specs = _chosen(plan.specs, args.only)

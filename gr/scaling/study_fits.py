@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def read_fits(table: Path, samples: int) -> dict[str, tuple[list[dict[str, Any]]
         if isinstance(fitted, dict) and fitted.get("table") == table_hash(table):
             found[variant or ""] = (read_runs(table, variant)[0], fitted)
         else:
+            print(f"fitting {variant or table}, {samples} bootstrap samples: no fit of it lies beside the table",
+                  file=sys.stderr, flush=True)  # fmt: skip
             found[variant or ""] = fit_table(table, variant, samples)
         for row in found[variant or ""][0]:
             row |= {name: timings.get(row["run_id"], {}).get(name) for name in ("train_seconds", "mfu", "code")}

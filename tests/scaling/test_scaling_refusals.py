@@ -35,8 +35,10 @@ def test_a_fit_that_did_not_converge_predicts_only_by_force_and_is_not_compared(
     assert "did not converge: these runs do not determine the law" in said and said.count("\n") == 1
     assert main([*ask, "--force"]) == 0
     assert run_cli(main, ["compare", runs, "a", "b", "--bootstrap", "0"]) == 2
-    assert "one of the fits did not converge" in capsys.readouterr().err
+    first, said = capsys.readouterr().err.splitlines()
+    assert first == "fitting a and b, 0 bootstrap samples each" and "one of the fits did not converge" in said
     assert main(["report", runs, "--bootstrap", "0"]) == 0  # it may be looked at
+    assert capsys.readouterr().err == "fitting b, 0 bootstrap samples: no fit of it lies beside the table\n"
     page = (tmp_path / "report.md").read_text()
     assert "the fit did not converge" in page and "a and b: one of the fits did not converge" in page
 
