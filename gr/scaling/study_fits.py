@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gr.errors import UserError
 from gr.scaling.fit import fit_runs
 from gr.scaling.store import read_json
-from gr.scaling.table import fits_path, read_runs, read_timings, table_hash
+from gr.scaling.table import fits_path, read_rows, read_runs, read_timings, table_hash
 from gr.scaling.terms import fit_term
 
 
@@ -21,11 +19,7 @@ def variants(table: Path) -> list[str | None]:
     Raises:
         UserError: No such file.
     """
-    try:
-        with open(table, encoding="utf-8", newline="") as file:
-            found = list(dict.fromkeys(row.get("variant") or "" for row in csv.DictReader(file)))
-    except OSError as error:
-        raise UserError(f"{table} cannot be read: {error.strerror}; gr-scaling collect STUDY writes it") from None
+    found = list(dict.fromkeys(row.get("variant") or "" for row in read_rows(table)[0]))
     return sorted(found) if len(found) > 1 else [None]
 
 
