@@ -59,6 +59,30 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+@contextlib.contextmanager
+def locked(path: Path, taken: str) -> Iterator[None]:
+    """Holds a file's lock, in a folder that is made; the system lets go when this process dies.
+
+    Raises:
+        UserError: ``taken``: another process holds it; or the file cannot be written.
+    """
+    import fcntl  # which not every system has
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115  held open as long as the lock
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; choose another folder") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(taken) from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder survive a power cut; some file systems have no such call and need none."""
     try:

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from gr.data.planted import PlantedConfig
-from gr.distributed.plan import Shard, TablePlan, plan_tables
+from gr.distributed.plan import Shard, TablePlan, plan_tables, row_block
+from gr.embedding.config import TablesConfig
 from gr.embedding.spec import TableSpec
 from gr.errors import Parser, UserError, run_cli
 from gr.models.retrieval import RetrievalModel
@@ -101,6 +102,8 @@ def count(config: Any, plans: tuple[TablePlan, ...], dense: int, world: int) -> 
     batching, length = config.train.batching, config.layout.max_tokens
     tokens = -(-(batching.tokens_per_batch or batching.batch_size * length) // world)
     negatives = config.objective.negatives()
+    each = negatives.num if negatives.shared else tokens * negatives.num
+    drawn = {"none": 0, "in_batch": tokens * world}.get(negatives.kind, each)
     width = max(plan.spec.dim for plan in plans)
     away = (world - 1) / world
     held, kept = [0] * world, [0] * world
@@ -113,15 +116,14 @@ def count(config: Any, plans: tuple[TablePlan, ...], dense: int, world: int) -> 
             held[shard.rank] += numbers * row
             kept[shard.rank] += rule[tables.optimizer.kind] * _FP32
         wanted = tokens
-        if plan.spec.name == "item" and negatives is not None:  # the label of each token, and what is drawn
-            drawn = negatives.num if negatives.shared else tokens * negatives.num
+        if plan.spec.name == "item" and drawn:  # the label of each token, and its negatives
             wanted += tokens + min(drawn, plan.spec.num_ids)
         lookups += wanted
         ids += wanted * (world - 1 if plan.sharding == "column_wise" else away)
     # Asked and answered vectors, and the gradients of both.
     step = 4 * lookups * width * _FP32
     scored = 0
-    if negatives is None:  # the rows that this rank scores, looked up, and their gradient
+    if not drawn:  # the rows that this rank scores, looked up, and their gradient
         items = next(plan.spec.num_ids for plan in plans if plan.spec.name == "item")
         scored = 2 * -(-items // (world if sharded else 1)) * width
     fullest = max(range(world), key=lambda rank: held[rank] + kept[rank])
@@ -138,7 +140,7 @@ def count(config: Any, plans: tuple[TablePlan, ...], dense: int, world: int) -> 
     if sharded:
         traffic |= {"ids": int(ids * _ID), "vectors": int(away * lookups * width * _FP32)}
         traffic["gradients of vectors"] = traffic["vectors"]
-        if negatives is None:
+        if not drawn:
             everybody = tokens * world
             traffic["full softmax"] = int(away * everybody * _FP32 * (width + 2 * (3 + width)))
     elif world > 1:
@@ -157,8 +159,9 @@ def _dense_share(kind: str, world: int) -> float:
     return 4 - divided + divided / world
 
 
-def lines(plans: tuple[TablePlan, ...], sharded: bool, cost: Cost, world: int, local: int) -> Iterator[str]:
+def lines(plans: tuple[TablePlan, ...], tables: TablesConfig, cost: Cost, world: int, local: int) -> Iterator[str]:
     """The plan in words."""
+    sharded = tables.kind == "sharded" and world > 1
     numbers = sum(plan.spec.num_rows * plan.spec.dim for plan in plans)
     yield f"{numbers:,} numbers in tables, {world} ranks"
     for plan in plans:
@@ -168,9 +171,12 @@ def lines(plans: tuple[TablePlan, ...], sharded: bool, cost: Cost, world: int, l
             where = "whole on every rank"
         elif plan.sharding == "table_wise":
             where = f"whole on rank {first.rank}"
+            if tables.sharding_of(plan.spec.name) == "row_wise":
+                block = row_block(plan.spec.num_rows, world)
+                where += f" (by rows, {block:,} to each, the last of {world} ranks would have none)"
         elif plan.sharding == "row_wise":
-            last = plan.shards[-1]
-            where = f"{first.rows:,} rows on each rank" + (f", {last.rows:,} on the last" if last != first else "")
+            last = plan.shards[-1].rows
+            where = f"{first.rows:,} rows on each rank" + (f", {last:,} on the last" if last != first.rows else "")
         else:
             where = f"{first.cols} columns on each rank"
         yield f"table {plan.spec.name}: {size}, {plan.sharding if sharded else 'local'}, {where}"
@@ -255,9 +261,9 @@ def main(argv: list[str]) -> int:
     specs, dense = specs_of(config, options.num_items, options.num_actions)
     if memory is not None:
         check_fits(config, specs, dense, world, memory)
-    plans = plan_tables(specs, config.distributed.tables, world)
-    sharded = config.distributed.tables.kind == "sharded" and world > 1
-    print("\n".join(lines(plans, sharded, count(config, plans, dense, world), world, local)))
+    tables = config.distributed.tables
+    plans = plan_tables(specs, tables, world)
+    print("\n".join(lines(plans, tables, count(config, plans, dense, world), world, local)))
     return 0
 
 

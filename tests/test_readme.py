@@ -100,7 +100,7 @@ def test_every_changed_run_works_as_written(tmp_path):
 
 def test_a_scaling_study_works_as_written(tmp_path):
     assert run_all(commands_of(SCALING), tmp_path) == 6
-    assert (tmp_path / "next.yaml").exists()
+    assert (tmp_path / "runs" / "next.yaml").exists()
 
 
 def test_every_command_on_real_data_works_as_written_with_a_file_at_hand(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from gr.data.layout import history_batch
 from gr.errors import UserError
+from gr.files import replacing
 from gr.inference.load import Loaded
 from gr.inference.recommend import Past, hidden_items, user_past
 
@@ -88,30 +88,23 @@ def recommend_all(
     Raises:
         UserError: The file cannot be written.
     """
-    out = Path(out)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    empty, writer, waiting, rows = 0, None, [], 0
+    out, empty = Path(out), 0
+    writer, waiting, rows = None, [], 0
     try:
-        for table, none in _tables(loaded, users, k, at, include_seen, titles, whole):
-            empty += none
-            writer = writer or pq.ParquetWriter(aside, table.schema)
-            waiting.append(table)
-            rows += len(table)
-            if rows >= ROW_GROUP:
+        with replacing(out) as aside, contextlib.ExitStack() as stack:
+            for table, none in _tables(loaded, users, k, at, include_seen, titles, whole):
+                empty += none
+                writer = writer or stack.enter_context(pq.ParquetWriter(aside, table.schema))
+                waiting.append(table)
+                rows += len(table)
+                if rows >= ROW_GROUP:
+                    writer.write_table(pa.concat_tables(waiting))
+                    waiting, rows = [], 0
+            assert writer is not None, "find_users gives at least one"
+            if waiting:
                 writer.write_table(pa.concat_tables(waiting))
-                waiting, rows = [], 0
-        assert writer is not None, "find_users gives at least one"
-        if waiting:
-            writer.write_table(pa.concat_tables(waiting))
-        writer.close()
-        os.replace(aside, out)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            if writer is not None:
-                writer.close()
-        aside.unlink(missing_ok=True)
     return empty
 
 

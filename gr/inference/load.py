@@ -10,7 +10,8 @@ from typing import Any
 
 from gr import config as configs
 from gr.data.layout import LayoutConfig
-from gr.data.split import Split, make_split, thin
+from gr.data.prepare import prepare
+from gr.data.split import Split
 from gr.data.store import EventStore, read_store
 from gr.errors import UserError
 from gr.models.recommender import Recommender
@@ -140,17 +141,16 @@ def log_of(folder: RunFolder) -> tuple[str, str | None]:
 
 def open_log(folder: RunFolder, config: Any, cache_dir: str | Path | None = None) -> tuple[EventStore, Split]:
     """The very log of the run: from where it was prepared, or prepared again and compared."""
-    from gr.training.assemble import open_data
+    from gr.training.assemble import split_of
 
     digest, place = log_of(folder)
     if cache_dir is None and place is not None and Path(place).is_dir():
         store = read_store(place)
-        split = thin(make_split(config.split, store), config.train_users)
     else:
-        store, split = open_data(config, None if cache_dir is None else str(cache_dir))
+        store = prepare(config.data, cache_dir or config.cache)
     if store.manifest["content_hash"] != digest:
         raise UserError(
             f"the log has changed since run {folder.path} was trained, and its prepared form is gone; "
             "train again under another name"
         )
-    return store, split
+    return store, split_of(config, store)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from gr.errors import Parser, UserError, run_cli
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 def _study(args: argparse.Namespace, overrides: list[str]) -> int:
     from gr.scaling.design import load_study
-    from gr.scaling.store import mean_rate, run_dir, spent_flops
+    from gr.scaling.store import nearest_rate, run_dir, seen_rates, spent_flops
     from gr.scaling.table import collect
 
     study, path = load_study(args.study, overrides)
@@ -61,22 +62,24 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> int:
         table, count = collect(study.folder)
         print(f"{count} runs: {table}")
         return 0
-    from gr.scaling.driver import check_total, run_plan
+    from gr.scaling.driver import run_plan
     from gr.scaling.plan import assumed_rate, make_plan
     from gr.scaling.recipe import find_recipe
 
+    print(f"planning {study.name}: its logs are prepared where they are not yet, and the batches of every run counted",
+          file=sys.stderr, flush=True)  # fmt: skip
     plan = make_plan(study, path)
     if args.command == "run":
         specs = _chosen(plan.specs, args.only)
-        check_total(study, specs)
         if args.dry_run or study.executor == "print":
             return _print(study, specs, args.dry_run)
         outcome = run_plan(study, specs)
         print(f"{len(outcome.ran)} ran, {outcome.already} were done, {len(outcome.failed)} failed: {study.folder}")
         return 130 if outcome.stopped else int(bool(outcome.failed))
     print("run           state      variant     scale   budget  steps epochs length  encoder parameters  seconds")
+    seen = seen_rates(study.folder)
     for spec in plan.specs:
-        rate = mean_rate(study.folder, spec.variant, spec.scale) or assumed_rate(study)[0]
+        rate = nearest_rate(seen, spec) or assumed_rate(study)[0]
         seconds = f"{spec.cost / rate:.1f}" if rate else "?"
         folder = run_dir(study.folder, spec.run_id)
         state, at = folder.state(), spec.planned
@@ -110,11 +113,12 @@ def _chosen(specs: list[RunSpec], only: list[str] | None) -> list[RunSpec]:
 
 def _print(study: Study, specs: list[RunSpec], dry: bool) -> int:
     """What is not done: a command a run, Slurm's script if the study says so; comments are for the shell."""
-    from gr.scaling.driver import unfinished
+    from gr.scaling.driver import check_total, unfinished
     from gr.scaling.executors import command
     from gr.scaling.slurm_executor import script
     from gr.scaling.store import run_dir
 
+    check_total(study, specs)
     todo = unfinished(study, specs)
     for spec in todo:
         folder = run_dir(study.folder, spec.run_id)

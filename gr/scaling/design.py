@@ -73,7 +73,8 @@ class Resources:
 
     Attributes:
         threads: Threads and cores of a run; ``None``: under ``local`` the machine's shared among ``max_parallel``,
-            else 1. Losses of other numbers of threads may differ in their last digits.
+            else 1. Losses of other numbers of threads may differ in their last digits. Where other work keeps the
+            cores busy, several threads want OMP_WAIT_POLICY=PASSIVE in the environment, or they wait by spinning.
         gpus: GPUs of a run under ``ray`` (which takes shares) and ``slurm``.
         address: ``HOST:PORT`` of a running Ray; empty: one of our own on this machine.
         retries: Under ``ray``, how often a run is begun again whose machine was lost.

@@ -124,7 +124,8 @@ def _enough(fitted: Sequence[dict[str, Any]]) -> list[float]:
     sizes = {row["n_encoder"] for row in fitted}
     if len(fitted) < FEWEST_RUNS:
         raise UserError(
-            f"{len(fitted)} finished runs to fit; the law has five parameters and needs at least {FEWEST_RUNS}"
+            f"the law has five parameters and needs at least {FEWEST_RUNS} finished runs, "
+            f"and this table has {len(fitted)}"
         )
     if len(budgets) < FEWEST_BUDGETS:
         raise UserError(f"all runs have the budget {budgets[0]:g}; a law needs at least {FEWEST_BUDGETS} budgets")

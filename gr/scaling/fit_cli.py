@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,8 @@ def _compare(args: argparse.Namespace) -> int:
 
     table = Path(args.runs)
     names = (args.first, args.second)
+    print(f"fitting {args.first} and {args.second}, {args.bootstrap} bootstrap samples each",
+          file=sys.stderr, flush=True)  # fmt: skip
     fits = [fit_table(table, name, args.bootstrap)[1] for name in names]
     rows = compare(fits[0], fits[1])
     for row in rows:

@@ -5,7 +5,6 @@ Colours are budgets, dashed is a law where runs were fitted, dotted where it is 
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from gr.scaling.frontier import Price, best_size, compare
 from gr.scaling.isoflop import envelope
 from gr.scaling.law import law_of
 from gr.scaling.study_fits import read_fits
+from gr.scaling.table import csv_text
 
 PETAFLOP_DAY = 1e15 * 86400
 COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00beff", "#fb49b0", "#00b25d", "#888888")
@@ -71,12 +71,7 @@ class Figure:
 
     def table(self) -> str:
         """The CSV."""
-        out = io.StringIO()
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return out.getvalue()
+        return csv_text(self.rows)
 
 
 def draw(table: Path, folder: Path, samples: int = 200, names: Sequence[str] | None = None) -> list[Path]:

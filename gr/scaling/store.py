@@ -16,20 +16,19 @@ Delete a run's folder to have it run again. Needs no torch.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from gr.errors import UserError
-from gr.files import write_json
+from gr.files import locked, write_json
 
 SCHEMA = 1
 HEARTBEAT_S = 20.0
@@ -234,38 +233,33 @@ def spent_flops(study_folder: Path) -> int:
     return sum(int(result["measured"]["model_flops"]) for result in results if result is not None)
 
 
-@contextlib.contextmanager
-def driving(study_folder: Path) -> Iterator[None]:
-    """Keeps a second driver from a study; the system lets go when this one dies.
+def driving(study_folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps a second driver from a study.
 
     Raises:
-        UserError: Another one has it.
+        UserError: Another one has it, or the folder cannot be written.
     """
-    path = study_folder / ".lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115  held open as long as the lock
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{study_folder} is being run by another gr-scaling; wait, or end that one") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
+    return locked(
+        study_folder / ".lock", f"{study_folder} is being run by another gr-scaling; wait, or end that one"
+    )
 
 
-def mean_rate(study_folder: Path, variant: str | None = None, scale: float | None = None) -> float | None:
-    """Model FLOP/s of a device, seen in this study: of the nearest scale of the variant; ``None``: nothing seen."""
-    seen: list[tuple[bool, float, float, float]] = []
-    for run in all_runs(study_folder):
-        result = run.result()
-        if result is None or result["timings"]["train_seconds"] <= 0:
-            continue
-        spec = run.spec()
-        far = 0.0 if scale is None else abs(spec.scale - scale)
-        rate = result["measured"]["model_flops"] / result["timings"]["train_seconds"]
-        seen.append((spec.variant != variant, far, -spec.cost, rate))
-    return min(seen)[3] if seen else None
+def seen_rates(study_folder: Path) -> list[tuple[RunSpec, float]]:
+    """Runs that took time, with the model FLOP/s of a device that each was seen to do."""
+    results = ((run, run.result()) for run in all_runs(study_folder))
+    return [
+        (run.spec(), result["measured"]["model_flops"] / result["timings"]["train_seconds"])
+        for run, result in results
+        if result is not None and result["timings"]["train_seconds"] > 0
+    ]
+
+
+def nearest_rate(seen: Sequence[tuple[RunSpec, float]], wanted: RunSpec) -> float | None:
+    """The rate of the variant's run of nearest scale, the dearest of those, else of another variant's; ``None``:
+    nothing was seen."""
+
+    def far(run: tuple[RunSpec, float]) -> tuple[bool, float, float]:
+        spec = run[0]
+        return spec.variant != wanted.variant, abs(spec.scale - wanted.scale), -spec.cost
+
+    return min(seen, key=far)[1] if seen else None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gr.errors import UserError
 from gr.scaling.fit import fit_runs
 from gr.scaling.store import read_json
-from gr.scaling.table import fits_path, read_runs, read_timings, table_hash
+from gr.scaling.table import fits_path, read_rows, read_runs, read_timings, table_hash
 from gr.scaling.terms import fit_term
 
 
@@ -20,11 +19,7 @@ def variants(table: Path) -> list[str | None]:
     Raises:
         UserError: No such file.
     """
-    try:
-        with open(table, encoding="utf-8", newline="") as file:
-            found = list(dict.fromkeys(row.get("variant") or "" for row in csv.DictReader(file)))
-    except OSError as error:
-        raise UserError(f"{table} cannot be read: {error.strerror}; gr-scaling collect STUDY writes it") from None
+    found = list(dict.fromkeys(row.get("variant") or "" for row in read_rows(table)[0]))
     return sorted(found) if len(found) > 1 else [None]
 
 
@@ -52,6 +47,8 @@ def read_fits(table: Path, samples: int) -> dict[str, tuple[list[dict[str, Any]]
         if isinstance(fitted, dict) and fitted.get("table") == table_hash(table):
             found[variant or ""] = (read_runs(table, variant)[0], fitted)
         else:
+            print(f"fitting {variant or table}, {samples} bootstrap samples: no fit of it lies beside the table",
+                  file=sys.stderr, flush=True)  # fmt: skip
             found[variant or ""] = fit_table(table, variant, samples)
         for row in found[variant or ""][0]:
             row |= {name: timings.get(row["run_id"], {}).get(name) for name in ("train_seconds", "mfu", "code")}

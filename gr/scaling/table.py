@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,13 @@ def collect(folder: Path) -> tuple[Path, int]:
         timings.append({"run_id": spec.run_id, "code": result.get("code"), **result.get("timings", {})})
     if not rows:
         raise UserError(f"{folder} has no runs; gr-scaling run makes them")
-    write_text(folder / "timings.csv", _text(timings))
-    write_text(folder / "runs.csv", _text(rows))
+    write_text(folder / "timings.csv", csv_text(timings))
+    write_text(folder / "runs.csv", csv_text(rows))
     return folder / "runs.csv", len(rows)
 
 
-def _text(rows: list[dict[str, Any]]) -> str:
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a CSV, whose columns are all of theirs in the order in which they are met."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
@@ -65,19 +67,27 @@ def _text(rows: list[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, columns) of a CSV, as text.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            return list(reader), list(reader.fieldnames or [])
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; gr-scaling collect STUDY writes it") from None
+
+
 def read_runs(path: Path, variant: str | None = None) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Rows that can be fitted, ``COLUMNS`` and metrics as floats, ``holdout`` as bool, and (run_id, why) of the others.
 
     Raises:
         UserError: No such file or column, a run twice, or runs that cannot be compared.
     """
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            rows: list[dict[str, Any]] = list(reader)
-            names = reader.fieldnames or []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; gr-scaling collect STUDY writes it") from None
+    rows, names = read_rows(path)
     missing = [name for name in COLUMNS if name not in names]
     if missing:
         raise UserError(f"{path} has no column {missing[0]!r}; a table of runs needs {', '.join(COLUMNS)}")
@@ -128,11 +138,8 @@ def _refuse_twins(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_timings(path: Path) -> dict[str, dict[str, str]]:
     """Rows of the ``timings.csv`` beside a table, by run; none if there is no such file."""
-    try:
-        with open(path.with_name("timings.csv"), encoding="utf-8", newline="") as file:
-            return {row["run_id"]: row for row in csv.DictReader(file)}
-    except (OSError, KeyError):
-        return {}
+    beside = path.with_name("timings.csv")
+    return {row.get("run_id", ""): row for row in read_rows(beside)[0]} if beside.exists() else {}
 
 
 def _number(path: Path, row: dict[str, Any], name: str) -> float:

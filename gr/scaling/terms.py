@@ -8,7 +8,7 @@ is worth almost a first one and no number of passes more than U (1 + R).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -67,18 +67,25 @@ def fit_term(rows: Sequence[dict[str, Any]], term: str, samples: int = 200) -> d
         epochs = np.array([row["epochs"] for row in fitted])
         r, law = _fit_worth(axes, epochs, loss, plain)
         full = np.array([axes[0], worth(axes[1], epochs, r)])
-        every = [found[0] for found in _again(axes, epochs, loss, law, r, samples)]
         name, values = "R", distinct(epochs[epochs > 1])
         if not 1.01 * LEAST_WORTH < r < 0.99 * MOST_WORTH:
             notes.append(
                 f"R reaches the end of its range, {LEAST_WORTH:g} to {MOST_WORTH:g}: these runs do not tell it"
             )
+
+        def again(pick: np.ndarray) -> tuple[float, Law]:
+            return _fit_worth(axes[:, pick], epochs[pick], loss[pick], law, r)
     else:
-        x = np.array([mean_attended(row) if term == "length" else row["n_sparse"] for row in fitted])
+        x = _axis(fitted, term)
         r, full = None, np.array([*axes, x])
         law = fit_law(full, loss)
-        every = [found.exponents[2] for found in _resampled(full, loss, law, samples)]
         name, values = "gamma", distinct(x)
+
+        def again(pick: np.ndarray) -> tuple[float, Law]:
+            found = fit_law(full[:, pick], loss[pick], law)
+            return found.exponents[2], found
+
+    every = list(_resampled(again, loss.size, samples))
     condition, correlation = conditioning(full, loss, law)
     if not law.converged:
         raise UserError(
@@ -106,23 +113,30 @@ def _numbers(row: dict[str, Any], term: str) -> dict[str, Any]:
     return found
 
 
+def _axis(rows: Sequence[dict[str, Any]], term: str) -> np.ndarray:
+    """(n,) x of ``length`` or ``sparse``."""
+    return np.array([mean_attended(row) if term == "length" else row["n_sparse"] for row in rows])
+
+
 def _enough(rows: Sequence[dict[str, Any]], term: str) -> None:
     if len(rows) < FEWEST_RUNS:
-        raise UserError(f"{len(rows)} finished runs to fit; term {term} needs at least {FEWEST_RUNS}")
+        raise UserError(f"term {term} needs at least {FEWEST_RUNS} finished runs, and this table has {len(rows)}")
     if term == "repeats":
         again = [row for row in rows if row["epochs"] > 1]
         passes, unique = [row["epochs"] for row in again], [row["tokens"] / row["epochs"] for row in again]
         if distinct(passes) < FEWEST_VALUES or distinct(unique) < 2:
             raise UserError(
-                f"{len(again)} runs read data more than once, {distinct(passes)} numbers of passes over "
-                f"{distinct(unique)} amounts of data; term repeats needs {FEWEST_VALUES} over 2 (a design of kind data "
-                "has them)"
+                f"term repeats needs runs of at least {FEWEST_VALUES} numbers of passes, above 1, over at least 2 "
+                f"amounts of data, and this table has {distinct(passes)} over {distinct(unique)} (a design of kind "
+                "data has them)"
             )
         return
-    x = [mean_attended(row) if term == "length" else row["n_sparse"] for row in rows]
+    x = _axis(rows, term)
     if distinct(x) < FEWEST_VALUES:
         design = " (a design of kind length has them)" if term == "length" else ""
-        raise UserError(f"{distinct(x)} values of term {term}'s axis; it needs at least {FEWEST_VALUES}{design}")
+        raise UserError(
+            f"term {term} needs at least {FEWEST_VALUES} values of its axis, and this table has {distinct(x)}{design}"
+        )
     logs = np.log(np.array([np.full(len(x), np.e), *axes_of(rows), x]))
     rest = logs[3] - logs[:3].T @ np.linalg.lstsq(logs[:3].T, logs[3], rcond=None)[0]
     if np.abs(rest).max() < APART:
@@ -148,24 +162,13 @@ def _fit_worth(
     return float(np.exp(found.x)), law(found.x)
 
 
-def _again(
-    axes: np.ndarray, epochs: np.ndarray, loss: np.ndarray, law: Law, r: float, samples: int
-) -> Iterator[tuple[float, Law]]:
+def _resampled(fit: Callable[[np.ndarray], tuple[float, Law]], runs: int, samples: int) -> Iterator[float]:
+    """The term's parameter of runs drawn with replacement, where the search ended by itself."""
     draw = np.random.default_rng(0)
     for _ in range(samples):
-        pick = draw.integers(0, loss.size, loss.size)
-        found = _fit_worth(axes[:, pick], epochs[pick], loss[pick], law, r)
-        if found[1].converged:
-            yield found
-
-
-def _resampled(axes: np.ndarray, loss: np.ndarray, law: Law, samples: int) -> Iterator[Law]:
-    draw = np.random.default_rng(0)
-    for _ in range(samples):
-        pick = draw.integers(0, loss.size, loss.size)
-        found = fit_law(axes[:, pick], loss[pick], law)
-        if found.converged:
-            yield found
+        value, law = fit(draw.integers(0, runs, runs))
+        if law.converged:
+            yield value
 
 
 def describe_term(found: dict[str, Any]) -> str:

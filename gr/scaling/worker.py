@@ -30,7 +30,7 @@ from gr.scaling.judge import judge, loss_floor
 from gr.scaling.plan import eval_hash, judged_targets, matrix_parameters
 from gr.scaling.store import RunDir, RunSpec, read_json
 from gr.training.assemble import assemble, open_data, train_loader
-from gr.training.environment import describe
+from gr.training.environment import commit_label, describe
 from gr.training.phase import Phase
 from gr.training.run_config import RunConfig
 from gr.training.run_folder import RunFolder, claim
@@ -180,7 +180,7 @@ def _record(
             **_parameters(model),
         },
         "metrics": metrics,
-        "code": about.get("git_commit", "unknown") + ("+" if about.get("git_dirty") else ""),
+        "code": commit_label(about),
         "timings": {
             "train_seconds": total.seconds,
             "judge_seconds": judge_seconds,

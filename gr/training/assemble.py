@@ -17,10 +17,15 @@ from gr.models.retrieval import RetrievalModel
 from gr.training.run_config import RunConfig
 
 
-def open_data(config: RunConfig, cache: str | None = None) -> tuple[EventStore, Split]:
+def open_data(config: RunConfig) -> tuple[EventStore, Split]:
     """The prepared log (from the cache, or prepared now) and its split."""
-    store = prepare(config.data, cache or config.cache)
-    return store, thin(make_split(config.split, store), config.train_users)
+    store = prepare(config.data, config.cache)
+    return store, split_of(config, store)
+
+
+def split_of(config: RunConfig, store: EventStore) -> Split:
+    """What a config holds out of its log, and whom it trains on."""
+    return thin(make_split(config.split, store), config.train_users)
 
 
 def assemble(config: RunConfig, store: EventStore, split: Split, ctx: ProcessContext | None = None) -> RetrievalModel:

@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,11 @@ def git_state(root: Path | None = None) -> dict[str, Any]:
         }
     except (OSError, subprocess.SubprocessError):
         return {}
+
+
+def commit_label(about: Mapping[str, Any]) -> str:
+    """The commit that ``describe`` told of, with a plus where files differed from it."""
+    return about.get("git_commit", "unknown") + ("+" if about.get("git_dirty") else "")
 
 
 def _git(root: Path, *words: str) -> str:

@@ -155,8 +155,10 @@ def load_evidence(path: str | Path) -> Evidence:
     """Reads ``rank-N.pt``.
 
     Raises:
-        UserError: Missing, damaged, or another kind of file.
+        UserError: Missing, damaged, a folder, or another kind of file.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; name a rank-N.pt in it, of a run's diverged/step-N")
     raw = load_torch(Path(path))
     names = {f.name for f in dataclasses.fields(Evidence)}
     if not isinstance(raw, dict) or set(raw) != names:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from gr.config import config_hash, dump, parse_yaml, to_dict
 from gr.data.store import EventStore
 from gr.errors import UserError
-from gr.files import write_json, write_text
+from gr.files import locked, write_json, write_text
 from gr.training.environment import describe
 
 _HEADER = "# config_hash: "
@@ -84,28 +83,15 @@ class RunFolder:
         """The report made of them."""
         return self.path / "report.html"
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keeps a second process from training into the same folder; the system lets go when this one dies.
+    def lock(self) -> AbstractContextManager[None]:
+        """Keeps a second process from training into the same folder.
 
         Raises:
-            UserError: Another process holds it.
+            UserError: Another process holds it, or the folder cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / ".lock", "w")  # noqa: SIM115  held open as long as the lock
-        except OSError as error:
-            raise UserError(f"run folder {self.path} cannot be written: {error.strerror}") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"run folder {self.path} is in use by another process; wait, or choose another name"
-                ) from None
-            except OSError:
-                pass  # some network file systems have no locks
-            yield
+        return locked(
+            self.path / ".lock", f"run folder {self.path} is in use by another process; wait, or choose another name"
+        )
 
 
 def claim(

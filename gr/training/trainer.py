@@ -423,10 +423,10 @@ class Trainer:
         }
         with run.engine.whole():
             kept = keep_evidence(self.folder.diverged, self.model, run.phase, taken, batches, facts, self.ctx)
-        precision = ", or use precision fp32" if self.config.precision == "bf16" else ""
+        precision = ", or use --train.precision fp32" if config.precision == "bf16" else ""
         raise Diverged(
-            f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}; lower optimizer.lr "
-            f"(now {self.config.optimizer.lr}), set clip_norm (now {self.config.clip_norm}) to 1.0{precision}",
+            f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}; lower --train.optimizer.lr "
+            f"(now {config.optimizer.lr}), set --train.clip_norm (now {config.clip_norm}) to 1.0{precision}",
             kept,
         )
 

@@ -37,6 +37,24 @@ def test_memory_and_traffic_are_those_counted_by_hand(config) -> None:
     assert cost.traffic["gradients of the dense part"] == 2 * dense * 4 * 3 // 4
 
 
+def test_a_softmax_over_all_items_scores_every_row_that_a_rank_has(config) -> None:
+    made = load_config([config, *SHARDED, "--objective.kind", "full_softmax", "--train.batching.batch_size", "8"])
+    specs, dense = specs_of(made, 1001, None)
+    cost = count(made, plan_tables(specs, made.distributed.tables, 4), dense, 4)
+    tokens, rows = 8 * 12 // 4, 251
+    assert cost.memory["vectors of a step"] == (4 * tokens + 2 * rows) * 16 * 4
+    assert cost.traffic["vectors"] == tokens * 16 * 4 * 3 // 4
+    assert cost.traffic["full softmax"] == 3 * tokens * 4 * (16 + 2 * (3 + 16))
+
+
+def test_negatives_of_the_batch_are_the_labels_of_all_ranks(config) -> None:
+    made = load_config([config, *SHARDED, "--objective.kind", "in_batch", "--train.batching.batch_size", "8"])
+    specs, dense = specs_of(made, 1001, None)
+    cost = count(made, plan_tables(specs, made.distributed.tables, 4), dense, 4)
+    tokens = 8 * 12 // 4
+    assert cost.traffic["ids"] == tokens * (2 + 4) * 8 * 3 // 4
+
+
 def test_the_dense_part_and_local_tables_are_the_models_own(config) -> None:
     made = load_config([config])
     specs, dense = specs_of(made, None, None)
@@ -70,6 +88,15 @@ def test_1500_billion_numbers_on_256_devices_of_80_gb_are_planned_and_on_64_refu
     told = capsys.readouterr()
     assert told.out == "" and told.err.startswith("error: the fullest of 64 ranks holds") and told.err.count("\n") == 1
     assert "128 ranks would do" in told.err
+
+
+def test_a_table_that_is_not_divided_as_asked_says_why(config, capsys) -> None:
+    assert main([config, *SHARDED, "--world-size", "50"]) == 0
+    assert "table_wise, whole on rank 0 (by rows, 3 to each, the last of 50 ranks would have none)\n" in (
+        capsys.readouterr().out
+    )
+    assert main([config, *SHARDED, "--world-size", "4", "--distributed.tables.sharding", "table_wise"]) == 0
+    assert "table_wise, whole on rank 0\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def _mixed(name):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda rows: rows[:5], "5 finished runs to fit; the law has five parameters and needs at least 6"),
+        (lambda rows: rows[:5], "needs at least 6 finished runs, and this table has 5"),
         (lambda rows: [{**row, "budget": 1e9} for row in rows], "all runs have the budget 1e+09"),
         (lambda rows: [{**row, "n_encoder": 1e6} for row in rows], "all runs have n_encoder 1e+06"),
         (_mixed("recipe"), "mixes recipe 'a' and 'b'; fit each recipe by itself"),

@@ -35,8 +35,10 @@ def test_a_fit_that_did_not_converge_predicts_only_by_force_and_is_not_compared(
     assert "did not converge: these runs do not determine the law" in said and said.count("\n") == 1
     assert main([*ask, "--force"]) == 0
     assert run_cli(main, ["compare", runs, "a", "b", "--bootstrap", "0"]) == 2
-    assert "one of the fits did not converge" in capsys.readouterr().err
+    first, said = capsys.readouterr().err.splitlines()
+    assert first == "fitting a and b, 0 bootstrap samples each" and "one of the fits did not converge" in said
     assert main(["report", runs, "--bootstrap", "0"]) == 0  # it may be looked at
+    assert capsys.readouterr().err == "fitting b, 0 bootstrap samples: no fit of it lies beside the table\n"
     page = (tmp_path / "report.md").read_text()
     assert "the fit did not converge" in page and "a and b: one of the fits did not converge" in page
 
@@ -76,7 +78,7 @@ def test_one_cell_and_seed_from_two_configs_is_refused(tmp_path, capsys) -> None
 def test_a_table_without_a_finished_run_is_refused_and_names_how_many(status, tmp_path, capsys) -> None:
     rows = [{**row, "status": status} for row in table(surface(3, 4))]
     assert run_cli(main, ["fit", write(tmp_path / "runs.csv", rows)]) == 2
-    assert "0 finished runs to fit" in capsys.readouterr().err
+    assert "at least 6 finished runs, and this table has 0" in capsys.readouterr().err
 
 
 def test_a_grid_has_a_line_of_its_envelope_and_says_once_that_it_has_no_parabolas() -> None:

@@ -80,19 +80,15 @@ def test_a_term_that_is_not_there_is_said_to_explain_little() -> None:
 @pytest.mark.parametrize(
     ("term", "change", "sentence"),
     [
-        ("length", lambda rows: rows[:11], "11 finished runs to fit; term length needs at least 12"),
-        (
-            "length",
-            lambda rows: rows[:32],
-            "2 values of term length's axis; it needs at least 3 (a design of kind",
-        ),
+        ("length", lambda rows: rows[:11], "term length needs at least 12 finished runs, and this table has 11"),
+        ("length", lambda rows: rows[:32], "at least 3 values of its axis, and this table has 2 (a design of kind"),
         ("sparse", lambda rows: [{**row, "n_sparse": ""} for row in rows], "term sparse needs the column 'n_sparse'"),
         ("length", lambda rows: [{k: v for k, v in row.items() if k != "pairs"} for row in rows], "column 'pairs'"),
-        ("repeats", lambda rows: [{**row, "epochs": 0.5} for row in rows], "0 runs read data more than once"),
+        ("repeats", lambda rows: [{**row, "epochs": 0.5} for row in rows], "this table has 0 over 0 (a"),
         (
             "repeats",  # one amount of data: more passes are more tokens, and nothing else
             lambda rows: [{**row, "epochs": row["tokens"] / 1e8} for row in rows],
-            "over 1 amounts of data; term repeats needs 3 over 2",
+            " over 1 (a design of kind data has them)",
         ),
         (
             "length",  # grows with N alone

@@ -155,7 +155,9 @@ def test_a_full_disk_does_not_hide_that_training_diverged(tmp_path, monkeypatch)
         tiny_trainer(tmp_path, model=fragile(), loader=poisoned(1000.0)).fit()
 
 
-def test_other_files_are_no_evidence(tmp_path):
+def test_other_files_and_folders_are_no_evidence(tmp_path):
     torch.save({"model": {}}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"weights.pt holds no batch of a step that diverged; name a rank-N.pt"):
         load_evidence(tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"is a folder; name a rank-N.pt in it, of a run's diverged/step-N$"):
+        load_evidence(tmp_path)

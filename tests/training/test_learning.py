@@ -182,7 +182,8 @@ def test_a_non_finite_loss_names_the_step_and_is_never_saved(tmp_path):
             losses = super().forward(batch)
             return replace(losses, total=losses.total * (float("nan") if Diverging.calls == 6 else 1.0))
 
-    with pytest.raises(UserError, match=r"diverged at step 6: loss nan.*lower optimizer.lr \(now 0.05\)"):
+    advice = r"lower --train.optimizer.lr \(now 0.05\), set --train.clip_norm \(now 0.5\) to 1.0;"
+    with pytest.raises(UserError, match=f"diverged at step 6: loss nan.*{advice}"):
         tiny_trainer(tmp_path, tiny_config(checkpoint_every_steps=1), model=Diverging()).fit()
     assert find_checkpoint(tmp_path / "checkpoints").path.name == "step-00000005"
 
