@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.command import parser_of
+from benchmarks.command import check_folder, parser_of
 from benchmarks.kernels.hstu_attention import OPERATOR, AttentionCase, cost, make
 from benchmarks.kernels.lengths import lengths
 from benchmarks.kernels.registry import Operator
@@ -229,6 +229,7 @@ def main(argv: list[str]) -> int:
     parser = parser_of("benchmarks.kernels.predict", __doc__)
     parser.add_argument("--out", type=Path, help="write the table here, too")
     options = parser.parse_args(argv)
+    check_folder("--out", options.out)
     text = table()
     print(text)
     if options.out:

@@ -77,3 +77,8 @@ def test_every_row_with_a_target_has_a_prediction_that_says_so(tmp_path):
     for row, target in zip(rows, ATTENTION.values(), strict=True):
         assert f"| {target.what}, {target.direction} |" in row and f"| {target.floor:g} | {target.target:g} |" in row
     assert rows[0].split("|")[4].split()[-1] == "TFLOP/s"
+
+
+def test_a_table_that_could_not_be_written_is_refused_before_it_is_made(tmp_path, capsys):
+    assert run_cli(predict.main, ["--out", str(tmp_path / "absent" / "table.md")]) == 2
+    assert capsys.readouterr().err.startswith("error: --out: there is no folder for ")
