@@ -11,12 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from benchmarks.real import tables
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.written import RESULTS, ROOT
 
 
 def quickstart() -> str:

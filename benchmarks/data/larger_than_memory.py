@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import hashlib
 import json
 import os
@@ -29,6 +28,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.memory import memory
+from benchmarks.written import append_row, dated
 from gr import config as configs
 from gr.data.split import make_split
 from gr.data.store import Chunk, read_store, write_store
@@ -41,8 +42,9 @@ from gr.training.phase import Phase
 from gr.training.run_config import RunConfig
 from gr.training.trainer import Trainer
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 CHUNK_USERS = 20_000
+PEAKS = {"data": "VmData", "anon": "RssAnon", "file": "RssFile"}
+"""Watched figures: ``data`` is what the limit is on, ``anon`` what of it is used."""
 TARGETS = 200
 """Validation targets ranked among all items at the end."""
 CONFIG: dict[str, Any] = {
@@ -81,9 +83,7 @@ def main() -> None:
         found = measure(store, a.limit_gib, a.world, a.steps)
     sizes = {name: getattr(a, name) for name in ("events", "users", "items")}
     row = {"measurement": "larger_than_memory", **sizes, **found, "environment": environment}
-    out = a.json or RESULTS / f"larger_than_memory_{datetime.date.today():%Y%m%d}.jsonl"
-    with out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(a.json or dated("larger_than_memory", "jsonl"), row)
     print(json.dumps(row, indent=1))
 
 
@@ -154,8 +154,9 @@ def run(
     peaks: list[dict[str, int]] = [{} for _ in ranks]
     while any(rank.poll() is None for rank in ranks):
         for rank, peak in zip(ranks, peaks, strict=True):
-            for name, value in memory(rank.pid).items():
-                peak[name] = max(value, peak.get(name, 0))
+            seen = memory(rank.pid)
+            for name, figure in PEAKS.items():
+                peak[name] = max(seen.get(figure, 0), peak.get(name, 0))
         if any(rank.poll() for rank in ranks):  # the others would wait for it
             for rank in ranks:
                 rank.terminate()
@@ -203,17 +204,6 @@ def worker(store: Path, work: Path, rank: int, world: int, steps: int, limit: in
         "validation": means(ranks, (10,)),
     }
     (work / f"rank-{rank}.json").write_text(json.dumps(told))
-
-
-def memory(pid: int) -> dict[str, int]:
-    """Linux' figures of a process, in bytes: ``data`` is what the limit is on, ``anon`` what of it is used."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # it has just ended
-        return {}
-    values = {name: value for name, value in (line.split(":", 1) for line in lines) if "kB" in value}
-    names = {"VmData": "data", "RssAnon": "anon", "RssFile": "file"}
-    return {new: int(values[old].split()[0]) * 1024 for old, new in names.items() if old in values}
 
 
 def cgroup_limit_gib() -> float | None:

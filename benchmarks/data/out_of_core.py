@@ -10,7 +10,6 @@ row goes to ``benchmarks/results/out_of_core_<date>.jsonl``.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import shlex
@@ -22,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data.large_log import write_large_log
+from benchmarks.memory import memory
+from benchmarks.written import append_row, dated
 from gr.training.environment import describe
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 CONFIG = """
 import sys
 from gr.data.store import read_store
@@ -48,13 +48,10 @@ def main() -> None:
     parser.add_argument("--min-events", type=int, default=1, help="both minima")
     parser.add_argument("--json", type=Path, help="where to append the row")
     arguments = parser.parse_args()
-    date = datetime.date.today().strftime("%Y%m%d")
-    out = arguments.json or RESULTS / f"out_of_core_{date}.jsonl"
     arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         row = measure(Path(work), arguments)
-    with out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(arguments.json or dated("out_of_core", "jsonl"), row)
     print(json.dumps(row, indent=1))
 
 
@@ -92,7 +89,7 @@ def watch(code: str, command: list[str], folder: Path) -> dict[str, float]:
     process = subprocess.Popen([sys.executable, "-c", CONFIG + code, *command], stdout=subprocess.DEVNULL)
     peak_rss = peak_anon = peak_bytes = 0
     while process.poll() is None:
-        status = _status(process.pid)
+        status = memory(process.pid)
         peak_rss = max(peak_rss, status.get("VmHWM", 0))
         peak_anon = max(peak_anon, status.get("RssAnon", 0))
         peak_bytes = max(peak_bytes, _size(folder))
@@ -107,15 +104,6 @@ def watch(code: str, command: list[str], folder: Path) -> dict[str, float]:
         "peak_anon_gib": round(peak_anon / 2**30, 3),
         "peak_folder_bytes": peak_bytes,
     }
-
-
-def _status(pid: int) -> dict[str, int]:
-    """Linux' memory figures of a process, in bytes; empty when it has just ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    return {name: int(value.split()[0]) * 1024 for name, value in (li.split(":", 1) for li in lines) if "kB" in value}
 
 
 def _size(folder: Path) -> int:

@@ -32,15 +32,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 
+from benchmarks.command import check_folder, parser_of
 from benchmarks.gpu_check.plan import NEVER_ENDED, POISONED, PROCESS, Context, Kept, Slice, Unit, run_slice
 from benchmarks.gpu_check.report import Report, code
-from gr.errors import Parser, UserError, run_cli
+from gr.errors import UserError, run_cli
 
 TILES = "GR_HSTU_TILES"
 POLL_S = 0.5
@@ -71,12 +72,7 @@ NAMES = tuple(part.name for part in SLICES)
 
 
 def options_of(argv: list[str]) -> Namespace:
-    parser = Parser(
-        prog="python -m benchmarks.gpu_check",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("benchmarks.gpu_check", __doc__)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
     parser.add_argument("--resume", action="store_true")
@@ -87,8 +83,7 @@ def options_of(argv: list[str]) -> Namespace:
     options = parser.parse_args(argv)
     if options.minutes <= 0:
         raise UserError(f"--minutes must be positive, got {options.minutes:g}")
-    if not options.out.resolve().parent.is_dir():
-        raise UserError(f"--out: there is no folder for {options.out}")
+    check_folder("--out", options.out)
     return options
 
 

@@ -20,10 +20,10 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from gr.errors import Parser, UserError, run_cli
+from benchmarks.command import check_folder, parser_of
+from gr.errors import UserError, run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "kernels"
@@ -65,19 +65,13 @@ def call(python: Path, words: list[str], **environment: str) -> tuple[int, str]:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="python -m benchmarks.kernels.older_triton",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("benchmarks.kernels.older_triton", __doc__)
     parser.add_argument("--version", default="3.6.0")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-older")
     parser.add_argument("--out", type=Path, help="a Markdown file")
     parser.add_argument("--tests", default="", help="which of the interpreter's tests: pytest's -k")
     options, compiling = parser.parse_known_args(argv)
-    if options.out and not options.out.resolve().parent.is_dir():
-        raise UserError(f"--out: there is no folder for {options.out}")
+    check_folder("--out", options.out)
     python = make(options.venv.resolve(), options.version)
     pick = ["-k", options.tests] if options.tests else []
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *pick, str(TESTS / "hstu_triton_interpreted.py")]

@@ -13,7 +13,6 @@ launches, the tail of the last wave, latency, bank conflicts.
 from __future__ import annotations
 
 import sys
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command import check_folder, parser_of
 from benchmarks.kernels.hstu_attention import OPERATOR, AttentionCase, cost, make
 from benchmarks.kernels.lengths import lengths
 from benchmarks.kernels.registry import Operator
 from benchmarks.kernels.targets import ATTENTION, Target
-from gr.errors import Parser, run_cli
+from gr.errors import run_cli
 from gr.kernels.hstu_attention import triton_tiles as tiles
 from gr.kernels.hstu_attention import visible_pairs
 from gr.kernels.hstu_attention.time_buckets import time_bucket
@@ -226,14 +226,10 @@ def table() -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="python -m benchmarks.kernels.predict",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("benchmarks.kernels.predict", __doc__)
     parser.add_argument("--out", type=Path, help="write the table here, too")
     options = parser.parse_args(argv)
+    check_folder("--out", options.out)
     text = table()
     print(text)
     if options.out:

@@ -32,7 +32,6 @@ ends the run with status 2. A backend that the device lacks is left out. Exclude
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from contextlib import ExitStack
@@ -43,6 +42,7 @@ from typing import Any
 import torch
 
 from benchmarks.allocator import KEPT
+from benchmarks.command import check_folder, parser_of
 from benchmarks.kernels import device as devices
 from benchmarks.kernels import figures, targets, timing
 from benchmarks.kernels.agreement import SEED, check
@@ -50,17 +50,13 @@ from benchmarks.kernels.registry import BASELINE, Operator, load
 from benchmarks.kernels.rows import rows_of, say
 from benchmarks.kernels.timing import DIRECTIONS, DTYPES, Timed, available
 from benchmarks.kernels.worker import remotes
-from gr.errors import Parser, UserError, run_cli
+from benchmarks.written import append_row
+from gr.errors import UserError, run_cli
 from gr.training.environment import describe
 
 
 def options_of(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m benchmarks.kernels.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("benchmarks.kernels.run", __doc__)
     parser.add_argument("operator")
     parser.add_argument("--cases", nargs="+", help="names or families, or: targets; all for the device if left out")
     parser.add_argument("--providers", nargs="+", help="backends; all that the device has if left out")
@@ -80,8 +76,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs an NVIDIA GPU that torch can use, and there is none")
-    if options.json and not options.json.resolve().parent.is_dir():
-        raise UserError(f"--json: there is no folder for {options.json}")
+    check_folder("--json", options.json)
     return options
 
 
@@ -149,8 +144,7 @@ def main(argv: list[str]) -> int:
                     row["agreement"] = asdict(agreed[case.name][row["provider"]])
                 found.append(row | common)
                 if options.json:
-                    with options.json.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(found[-1]) + "\n")
+                    append_row(options.json, found[-1])
     if options.out:
         for path in figures.write(options.out, found, told):
             print(f"wrote {path}")

@@ -21,18 +21,18 @@ import statistics
 import subprocess
 import sys
 import time
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from benchmarks.command import parser_of
 from benchmarks.kernels import device as devices
 from benchmarks.kernels import timing
 from benchmarks.kernels.hstu_attention import AttentionCase, make, run
 from benchmarks.kernels.registry import Call
-from gr.errors import Parser, UserError, run_cli
+from gr.errors import UserError, run_cli
 from gr.kernels.hstu_attention import triton_tiles as tiles
 from gr.kernels.hstu_attention.triton_tiles import Key, Tile
 
@@ -191,12 +191,7 @@ def line(key: Key, tile: Tile) -> str:
 
 
 def options_of(argv: list[str]) -> Any:
-    parser = Parser(
-        prog="python -m benchmarks.kernels.tune",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("benchmarks.kernels.tune", __doc__)
     parser.add_argument("--directions", nargs="+", choices=("forward", "backward"), default=["forward", "backward"])
     parser.add_argument("--dims", type=int, nargs="+", choices=tiles.DIMS, default=[128, 64])
     parser.add_argument("--lengths", type=int, nargs="+", default=[LONGEST, 512, 2048, 128, 64])

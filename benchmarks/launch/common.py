@@ -1,12 +1,10 @@
-"""What the proofs of the launchers share: a shortened quick-start, its weights in one word, and where results go."""
+"""What the proofs of the launchers share: a shortened quick-start, and its weights in one word."""
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -15,8 +13,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.written import ROOT
+
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
 
 
@@ -62,22 +60,3 @@ def weights_hash(run: Path) -> str:
     for name, tensor in sorted(torch.load(run / "best.pt", weights_only=True)["model"].items()):
         digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def write_result(theme: str, command: str, rows: list[tuple[str, str]]) -> Path:
-    """``benchmarks/results/<theme>_<date>.md``: what ran, where, and what was seen."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
-    mark = " with changes" if dirty.stdout.strip() else ""
-    head = [
-        ("command", f"`{command}`"),
-        ("commit", commit.stdout.strip() + mark),
-        ("machine", f"{os.cpu_count()} CPU cores ({platform.machine()}), shared with other work; no GPU used"),
-        ("versions", f"Python {platform.python_version()}, torch {torch.__version__}"),
-    ]
-    path = RESULTS / f"{theme}_{datetime.date.today():%Y%m%d}.md"
-    lines = [f"# {theme.replace('_', ' ')}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in [*head, *rows]]
-    path.write_text("\n".join(lines) + "\n")
-    print(path.read_text())
-    return path

@@ -21,7 +21,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.launch.common import CONFIG, environment, gr_launch, overrides, weights_hash, write_result
+from benchmarks.launch.common import CONFIG, environment, gr_launch, overrides, weights_hash
+from benchmarks.written import write_page
 
 INSIDE = "GR_BENCH_INSIDE"
 WARN_S = 45
@@ -153,7 +154,7 @@ def main() -> None:
         work.mkdir()
         rows = prove(work, options.steps, options.minutes)
     command = f"python -m benchmarks.launch.slurm --steps {options.steps} --minutes {options.minutes}"
-    write_result("slurm", command, rows)
+    write_page("slurm", command, rows)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from benchmarks.launch.common import (
     overrides,
     wait_for_step,
     weights_hash,
-    write_result,
 )
+from benchmarks.written import write_page
 
 BRIDGE = "grbr0"
 TIMEOUT_S = 15
@@ -100,7 +100,7 @@ def main() -> None:
         hashes = [weights_hash(folder / "runs" / run) for run in ("whole", "cut")]
         assert resumed and any(lost), said
         assert hashes[0] == hashes[1], hashes
-    write_result(
+    write_page(
         "two_nodes",
         f"python -m benchmarks.launch.two_nodes --steps {options.steps} --cut {options.cut:g}",
         [

@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.written import RESULTS
 from gr.config import parse_yaml
 from gr.evaluation.ranking import COLUMNS, Ranks
 from gr.evaluation.saved_ranks import load_ranks
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROWS = RESULTS / "real_runs.jsonl"
 RANKS = RESULTS / "ranks"
 KEPT = ("better", "tied", "candidates")

@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.record import RESULTS, epochs, portable
+from benchmarks.real.record import epochs, portable
+from benchmarks.written import RESULTS
 from gr.config import parse_yaml
 
 ROWS = RESULTS / "recipe_search.jsonl"

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.real.record import RANKS, RESULTS, kept_ranks, rows
+from benchmarks.real.record import RANKS, kept_ranks, rows
+from benchmarks.written import RESULTS
 from gr.evaluation.metrics import per_target
 from gr.evaluation.significance import paired_bootstrap
 

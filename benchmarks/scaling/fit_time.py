@@ -10,16 +10,15 @@ import json
 import os
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 
+from benchmarks.written import RESULTS, append_row
 from gr.scaling.law import REFINED, Law, _Problem, fit_law
-from gr.training.environment import describe
+from gr.training.environment import commit_label, describe
 
 PLANTED = Law(1.8, (480.0, 2100.0), (0.34, 0.28), 0.0)
 RUNS, NOISE, REPEATS = 245, 0.02, 5
-OUT = Path(__file__).resolve().parent.parent / "results" / "scaling_fit_time.jsonl"
 
 
 def main() -> None:
@@ -47,12 +46,11 @@ def main() -> None:
         "load": round(os.getloadavg()[0], 1),
         "exponents": [round(x, 4) for x in law.exponents],
         "converged": law.converged,
-        "commit": about.get("git_commit", "unknown") + ("+" if about.get("git_dirty") else ""),
+        "commit": commit_label(about),
         "cpu": about.get("cpu"),
     }
     print(json.dumps(row))
-    with open(OUT, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(RESULTS / "scaling_fit_time.jsonl", row)
 
 
 if __name__ == "__main__":

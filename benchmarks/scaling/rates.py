@@ -17,13 +17,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.written import append_row
 from gr import config as configs
 from gr.distributed.process import process
 from gr.scaling.design import Cell, load_study
 from gr.scaling.judge import cross_entropy
 from gr.scaling.plan import Bench, open_bench, plan_run
 from gr.training.assemble import assemble, sample_targets, train_loader
-from gr.training.environment import describe
+from gr.training.environment import commit_label, git_state
 from gr.training.phase import Phase
 from gr.training.run_config import RunConfig
 from gr.training.run_folder import claim
@@ -67,15 +68,12 @@ def main() -> None:
                 config = dataclasses.replace(base, train=dataclasses.replace(base.train, optimizer=optimizer))
                 began = time.perf_counter()
                 seen[rate] = valid_loss(config, bench, study.judging.users)
-                about = describe(["rates"])
-                code = about.get("git_commit", "unknown") + ("+" if about.get("git_dirty") else "")
                 row = {"variant": name, "scale": scale, "width": config.model.dim, "budget": budget, "lr": rate,
                        "steps": spec.planned["steps"], "valid_loss": seen[rate], "data_hash": spec.data_hash[:12],
-                       "seconds": round(time.perf_counter() - began, 1), "code": code}  # fmt: skip
+                       "seconds": round(time.perf_counter() - began, 1), "code": commit_label(git_state())}  # fmt: skip
                 print(json.dumps(row), flush=True)
                 if args.json:
-                    with open(args.json, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                    append_row(args.json, row)
             best = min(seen, key=lambda rate: seen[rate])
             end = ", an end of the grid" if best in (args.rates[0], args.rates[-1]) else ""
             print(f"{name} scale {scale:g} at {budget:g}: best {best:g}{end}", flush=True)

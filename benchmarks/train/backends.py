@@ -19,20 +19,20 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.command import check_folder, parser_of
 from benchmarks.train.ml1m import Bench
+from benchmarks.written import ROOT
 from gr import config as configs
-from gr.errors import Parser, UserError, run_cli
+from gr.errors import UserError, run_cli
 from gr.kernels.hstu_attention import op, triton_tiles
 from gr.kernels.hstu_attention.triton_tiles import Tile
 from gr.training.environment import describe
 from gr.training.run_config import RunConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 AGAINST, CONTROL = "cpu", "reference"
 LEAST = 1e-5
 EXACT = ["--model.encoder.dropout", "0", "--model.preprocessor.dropout", "0", "--train.precision", "fp32"]
@@ -76,12 +76,7 @@ def judge(found: dict[str, np.ndarray]) -> tuple[str, bool]:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="python -m benchmarks.train.backends",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("benchmarks.train.backends", __doc__)
     parser.add_argument("--data", help="the data set's file, for instance GroupLens' ml-100k.zip")
     parser.add_argument("--config", default=str(ROOT / "configs" / "ml-100k_hstu.yaml"))
     parser.add_argument("--backends", nargs="+", choices=op.BACKENDS, default=["triton"])
@@ -90,8 +85,7 @@ def main(argv: list[str]) -> int:
     options, overrides = parser.parse_known_args(argv)
     if options.steps < 1:
         raise UserError(f"--steps must be at least 1, got {options.steps}")
-    if options.out and not options.out.resolve().parent.is_dir():
-        raise UserError(f"--out: there is no folder for {options.out}")
+    check_folder("--out", options.out)
     environment = describe(["benchmarks.train.backends", *argv])
     found = {}
     for backend in dict.fromkeys((AGAINST, CONTROL, *options.backends)):

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.kernels.lengths import ZETA, ZIPF_ALPHA
-from benchmarks.launch.common import write_result
+from benchmarks.written import write_page
 from gr import config as configs
 from gr.data.batch import JaggedBatch
 from gr.data.loader import PAIRS_PER_TOKEN, TrainLoader, deal, predicted_cost
@@ -210,7 +210,7 @@ def main() -> None:
     if a.dry_run:
         print("\n".join(f"{name}: {value}" for name, value in rows))
     else:
-        write_result("balance", f"python -m benchmarks.train.balance {given}", rows)
+        write_page("balance", f"python -m benchmarks.train.balance {given}", rows)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from benchmarks.launch.common import write_result
+from benchmarks.memory import memory
+from benchmarks.written import write_page
 from gr.distributed.process import ProcessContext, all_gather_object, barrier, process
 from gr.distributed.tables import make_tables
 from gr.embedding.config import TableOptimizerConfig, TablesConfig
@@ -86,10 +87,10 @@ def measure(ctx: ProcessContext, folder: Path, size: int, repeats: int, beside: 
 
     found: dict[str, Any] = {name: [] for name in ("copy", "background", "at once", "written", "alone", "beside")}
     with Saver(ctx, background=True) as background, Saver(ctx, background=False) as at_once:
-        before = memory()
+        before = memory()["RssAnon"]
         found["first"] = save(background)
         background.wait()
-        found["memory"] = all_gather_object(memory() - before, ctx)
+        found["memory"] = all_gather_object(memory()["RssAnon"] - before, ctx)
         found["bytes"] = all_gather_object(held(background), ctx)
         source = torch.ones(found["bytes"][ctx.rank] // 4)
         target = torch.ones_like(source)
@@ -111,12 +112,6 @@ def measure(ctx: ProcessContext, folder: Path, size: int, repeats: int, beside: 
 def held(saver: Saver) -> int:
     """Bytes that a saver's copy takes."""
     return sum(buffer.numel() * buffer.element_size() for buffer in saver._buffers._held.values())
-
-
-def memory() -> int:
-    """Bytes of this process that are in memory and belong to no file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def worker(rank: int, world: int, box: Any, threads: int, meeting: str, *what: Any) -> None:
@@ -166,8 +161,7 @@ def main() -> None:
         rows.append(("arithmetic alone, and beside a save", f"{told(found['alone'])}, {told(found['beside'])}"))
     command = f"python -m benchmarks.train.checkpoint_stall --world {args.world} --gib {args.gib:g} "
     command += f"--repeats {args.repeats} --threads {args.threads}{' --beside' if args.beside else ''}"
-    path = write_result(f"checkpoint_stall_{args.world}_ranks", command, rows)
-    print(path.read_text())
+    write_page(f"checkpoint_stall_{args.world}_ranks", command, rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.launch.common import ROOT, environment, write_result
+from benchmarks.launch.common import environment
+from benchmarks.memory import memory
+from benchmarks.written import ROOT, write_page
 from gr import config as configs
 from gr.data.batch import JaggedBatch
 from gr.data.negatives import NegativesConfig, Uniform
@@ -118,26 +119,15 @@ def worker(folder: Path, num_rows: int, steps: int, optimizer: str, ctx: Process
     begin = time.perf_counter()
     Unsaved(model, [Phase()], loader, None, config.train, ctx, folder / "run", config.seed).fit()
     (folder / f"rank-{ctx.rank}.json").write_text(
-        json.dumps({"bytes": own, "seconds": time.perf_counter() - begin, "hwm": status(os.getpid())["VmHWM"]})
+        json.dumps({"bytes": own, "seconds": time.perf_counter() - begin, "hwm": memory()["VmHWM"]})
     )
-
-
-def status(pid: int) -> dict[str, int]:
-    """Linux' memory figures of a process in bytes, its proportional share ``Pss`` among them."""
-    lines: list[str] = []
-    for name in ("status", "smaps_rollup"):
-        try:
-            lines += Path(f"/proc/{pid}/{name}").read_text().splitlines()
-        except OSError:  # it has just ended
-            return {}
-    return {name: int(rest.split()[0]) * 1024 for name, rest in (li.split(":", 1) for li in lines if li.endswith("kB"))}
 
 
 def watch(processes: list[subprocess.Popen[Any]]) -> float:
     """GiB: the largest sum of proportional shares, until the processes end."""
     peak = 0
     while any(p.poll() is None for p in processes):
-        found = [status(p.pid).get("Pss", 0) for p in processes]
+        found = [memory(p.pid, shares=True).get("Pss", 0) for p in processes]
         peak = max(peak, sum(found))
         if peak > LIMIT_GIB * 2**30 or any(p.poll() for p in processes):
             break
@@ -194,7 +184,7 @@ def main() -> None:
         print("\n".join(f"{name}: {value}" for name, value in rows))
     else:
         given = f"--gigabytes {a.gigabytes:g} --steps {a.steps} --optimizer {a.optimizer}"
-        write_result("large_tables", f"python -m benchmarks.train.large_tables {given}", rows)
+        write_page("large_tables", f"python -m benchmarks.train.large_tables {given}", rows)
 
 
 if __name__ == "__main__":

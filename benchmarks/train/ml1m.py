@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,7 +46,9 @@ import numpy as np
 import torch
 
 from benchmarks.allocator import KEPT
+from benchmarks.memory import peak_gib
 from benchmarks.train.plain import FORMS, PlainHSTU, rank_padded
+from benchmarks.written import ROOT, append_row
 from gr import config as configs
 from gr.data.batch import JaggedBatch
 from gr.data.loader import TrainLoader
@@ -64,7 +65,6 @@ from gr.training.phase import Phase, StepContext
 from gr.training.run_config import RunConfig
 from gr.training.step import StepResult, run_step
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "ml-1m_hstu.yaml"
 # A table of ratings at hand in place of the download; both forms leave all earlier items of a user out of the ranking.
 TABLE = ["--data", '{"kind": "table", "path": "", "timestamp": "timestamp"}', "--evaluation.mask_seen", "true"]
@@ -304,19 +304,6 @@ def ratios(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def peak_gib() -> float:
-    """Largest resident memory of this process so far.
-
-    ``ru_maxrss`` on Linux starts from what the parent held when it made the process, so ``VmHWM`` comes first.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
-    except (OSError, StopIteration):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
 def memory_rows(names: Sequence[str], argv: Sequence[str], cache: str) -> list[dict[str, Any]]:
     """One fresh process a provider."""
     rows = []
@@ -409,8 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed |= not row.get("passed", True)
                 print(say(row), flush=True)
                 if options.json:
-                    with options.json.open("a") as file:
-                        file.write(json.dumps({**row, **common}) + "\n")
+                    append_row(options.json, {**row, **common})
     return int(failed)
 
 

@@ -20,14 +20,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.written import RESULTS, ROOT, append_row
 from gr import config as configs
 from gr.distributed.process import process
 from gr.recipes.retrieval import run
 from gr.training.environment import describe
 from gr.training.run_config import RunConfig
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 ROWS = RESULTS / "planted_quality.jsonl"
 TUNED = RESULTS / "planted_tuning.jsonl"
 VARIANTS: dict[str, tuple[str, list[str]]] = {
@@ -82,13 +81,6 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Keeps a row."""
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def measure(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Results of one run from scratch."""
     config = dataclasses.replace(config, runs=str(folder), cache=str(folder / "cache"))
@@ -133,7 +125,7 @@ def tune(variants: list[str]) -> None:
                     continue
                 results = measure(dataclasses.replace(config, name=f"{variant}-{rate}"), Path(folder))
                 kept = row_of(variant, results)
-                append(
+                append_row(
                     TUNED,
                     {k: kept[k] for k in ("variant", "config_hash", "commit", "valid_ndcg@10", "best_step")}
                     | {"lr": rate},
@@ -188,7 +180,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for digest, (variant, config) in wanted.items():
                 if not any(row["config_hash"] == digest for row in rows(ROWS)):
-                    append(ROWS, row_of(variant, measure(config, Path(folder))))
+                    append_row(ROWS, row_of(variant, measure(config, Path(folder))))
     found = [row for row in rows(ROWS) if row["config_hash"] in wanted]
     if found:
         tuned = [v for v in arguments.variants if v not in LONGER]

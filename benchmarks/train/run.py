@@ -10,7 +10,6 @@ CPU absolute figures mean little and none is printed. Excluded: reading data, ev
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -20,7 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.train.quality import ROOT, VARIANTS
+from benchmarks.train.quality import VARIANTS
+from benchmarks.written import ROOT, append_row
 from gr import config as configs
 from gr.distributed.engine import Engine
 from gr.distributed.process import ProcessContext
@@ -92,10 +92,7 @@ def main() -> None:
     for row in measure(arguments.providers, arguments.repeats, arguments.steps):
         print(f"{row['provider']:<18}{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
         if arguments.json:
-            with arguments.json.open("a") as file:
-                file.write(
-                    json.dumps({**row, **{k: environment.get(k) for k in ("cpu", "torch", "git_commit")}}) + "\n"
-                )
+            append_row(arguments.json, {**row, **{k: environment.get(k) for k in ("cpu", "torch", "git_commit")}})
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def test_a_part_does_every_nth_unit(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["nan", "large", "table", "unwritten"])
-def test_a_wrong_backend_is_seen_and_its_figures_are_refused(tmp_path, monkeypatch, fault):
+def test_a_wrong_backend_is_seen_and_its_figures_are_refused(monkeypatch, fault):
     shape = correctness.shapes(dry=True)[1]
     right = correctness.run
 

@@ -143,7 +143,7 @@ def test_losses_agree_over_training_and_are_reported(tmp_path, table, capsys):
     assert "largest relative difference" in capsys.readouterr().out
 
 
-def test_other_losses_fail_the_run(tmp_path, table, monkeypatch):
+def test_other_losses_fail_the_run(table, monkeypatch):
     monkeypatch.setattr(ml1m, "LOSS_LIMIT", -1.0)
     words = ["--data", str(table), *SMALL, "--parts", "losses", "--loss-steps", "1", "--providers", "hstu", "plain"]
     assert ml1m.main(words) == 1

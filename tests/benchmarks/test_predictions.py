@@ -70,10 +70,15 @@ def test_the_bounds_are_the_longest_unit_and_the_sum_of_all():
     assert found.bounds() == pytest.approx((2e-3, 3e-3))
 
 
-def test_every_row_with_a_target_has_a_prediction_that_says_so(tmp_path, capsys):
+def test_every_row_with_a_target_has_a_prediction_that_says_so(tmp_path):
     assert run_cli(predict.main, ["--out", str(tmp_path / "table.md")]) == 0
     rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")][1:]
     assert len(rows) == len(ATTENTION) and all(row.endswith("| predicted, unmeasured |") for row in rows)
     for row, target in zip(rows, ATTENTION.values(), strict=True):
         assert f"| {target.what}, {target.direction} |" in row and f"| {target.floor:g} | {target.target:g} |" in row
     assert rows[0].split("|")[4].split()[-1] == "TFLOP/s"
+
+
+def test_a_table_that_could_not_be_written_is_refused_before_it_is_made(tmp_path, capsys):
+    assert run_cli(predict.main, ["--out", str(tmp_path / "absent" / "table.md")]) == 2
+    assert capsys.readouterr().err.startswith("error: --out: there is no folder for ")

@@ -131,7 +131,7 @@ def test_it_stops_at_its_time_and_keeps_nothing_if_it_only_compiles(gpu, user_fi
     assert "torch sees none; without one: --compile-only" in capsys.readouterr().err
 
 
-def test_a_process_that_compiles_answers_for_each_tile_or_is_named(monkeypatch, tmp_path):
+def test_a_process_that_compiles_answers_for_each_tile_or_is_named(monkeypatch):
     class Answers:
         def __init__(self, words, **_):
             self._told = json.loads(words[-1])["tiles"]

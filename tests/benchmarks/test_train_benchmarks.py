@@ -25,7 +25,7 @@ def test_the_learning_rate_is_the_best_on_validation(tmp_path, monkeypatch):
     assert quality.chosen("hstu") == []
     for rate, value in ((0.001, 0.1), (0.002, 0.3), (0.004, 0.2)):
         digest = quality.configs.config_hash(quality.tuning("hstu", rate))
-        quality.append(quality.TUNED, {"config_hash": digest, "valid_ndcg@10": value})
+        quality.append_row(quality.TUNED, {"config_hash": digest, "valid_ndcg@10": value})
     assert quality.chosen("hstu") == ["--train.optimizer.lr", "0.002"]
     assert quality.chosen("sasrec") == []
 

@@ -241,7 +241,7 @@ def test_missing_columns_and_fields_are_named(name: str, file: str, data: bytes,
         load(path, name, tmp_path / "cache")
 
 
-def test_a_rule_that_leaves_nothing_and_an_unknown_name_are_refused(tmp_path: Path) -> None:
+def test_a_rule_that_leaves_nothing_and_an_unknown_name_are_refused() -> None:
     from gr import config as configs
 
     with pytest.raises(UserError, match="name is 'ml-1'; did you mean 'ml-1m'"):

@@ -106,7 +106,7 @@ class Scored:
 
 @pytest.mark.parametrize("mask_seen", [False, True, "window"])
 @pytest.mark.parametrize("block", [65536, 7])
-def test_ranks_over_rows_are_those_over_items_with_their_ties(monkeypatch, mask_seen, block):
+def test_ranks_over_rows_are_those_over_items_with_their_ties(mask_seen, block):
     rng = np.random.default_rng(0)
     store = memory_store([rng.integers(0, 100, rng.integers(3, 30)) for _ in range(60)], num_items=100)
     loader = EvalLoader(store, make_split(LeaveOneOutConfig(), store).test, LayoutConfig("items", 5), 16)

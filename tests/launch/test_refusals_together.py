@@ -71,7 +71,7 @@ def launch(folder: Path, *words: str, **env: str) -> tuple[int, str]:
     return one.returncode, said
 
 
-def test_processes_with_different_configs_refuse_before_they_write(tmp_path, monkeypatch) -> None:
+def test_processes_with_different_configs_refuse_before_they_write(tmp_path) -> None:
     write(tmp_path, evaluation={"baselines": []})
     port = str(free_port())
     started = []

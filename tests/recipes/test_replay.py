@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,9 @@ def test_gr_replay_finds_the_number_that_ended_the_run(tmp_path, capsys, distrib
     first, again = capsys.readouterr().out.splitlines()[-2:]
     assert re.search(r"step \d+, epoch 1, loader batch \d+, seed 0, rank 0 of 1: loss nan", first)
     assert again.startswith("again: loss nan, ") and not math.isfinite(replay.replay_file(path)[0][0])
+
+    assert run_cli(replay.main, [str(Path(path).parent)]) == 2
+    assert re.fullmatch(r"error: \S+ is a folder; name a rank-N.pt in it, .*\n", capsys.readouterr().err)
 
     config = tmp_path / "runs" / "tiny" / "config.yaml"
     config.write_text(config.read_text().replace("\nseed: 0", "\nseed: 1"))

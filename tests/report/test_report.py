@@ -178,7 +178,7 @@ def test_loss_that_became_null_is_left_out_of_the_curve(tmp_path, results, metri
     assert "Training loss" in words(write_run(tmp_path / "r", results, metric_lines))
 
 
-def test_only_the_fields_that_make_a_result_are_needed(tmp_path, results):
+def test_only_the_fields_that_make_a_result_are_needed(tmp_path):
     small = {
         "name": "small",
         "data": {},

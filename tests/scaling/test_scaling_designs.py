@@ -149,7 +149,7 @@ def test_designs_that_cannot_be_are_refused(design, sentence, place) -> None:
     assert sentence in str(told.value)
 
 
-def test_more_training_users_than_there_are_are_refused(place, capsys) -> None:
+def test_more_training_users_than_there_are_are_refused(place) -> None:
     with pytest.raises(UserError, match="train_users is 900; 300 users have 2 training events"):
         main(["plan", str(place / "tiny_data.yaml"), "--design.users", "[900]", "--cache", str(place / "cache")])
 

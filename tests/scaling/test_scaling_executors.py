@@ -126,7 +126,7 @@ def test_only_the_runs_asked_for_are_done_and_others_are_refused(swept, tmp_path
     assert "--only abc: the plan has no such run" in capsys.readouterr().err
 
 
-def test_processes_have_cores_of_their_own_where_there_are_enough(monkeypatch, tmp_path) -> None:
+def test_processes_have_cores_of_their_own_where_there_are_enough(monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert Local(2, 3)._free == [{0, 1, 2}, {3, 4, 5}] and Local(2, 3).env["OMP_NUM_THREADS"] == "3"
     assert Local(3, 4)._free == [set(range(8))] * 3

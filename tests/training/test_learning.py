@@ -52,7 +52,7 @@ def test_two_micro_batches_learn_as_one_batch_of_twice_the_size(tmp_path):
         torch.testing.assert_close(results["uneven"][1][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_gradient_is_that_of_the_weighted_mean(tmp_path):
+def test_the_gradient_is_that_of_the_weighted_mean():
     model, loader = TinyModel(0.0), TinyLoader(batch_size=8)
     batches = [loader.batch(0, index, 0) for index in range(3)]
     parameters = list(model.parameters())
