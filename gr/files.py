@@ -72,7 +72,7 @@ def locked(path: Path, taken: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")  # noqa: SIM115  held open as long as the lock
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; choose another folder") from None
+        raise UserError(f"{path.parent} cannot be written: {error.strerror}; choose another folder") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,6 +8,8 @@ the ceiling carries no sampling noise of the targets.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from gr.data.planted import Law, PlantedConfig, make_law
@@ -127,8 +129,43 @@ def ceiling(
     Returns:
         ``hr@K``, ``ndcg@K`` and ``mrr``.
     """
-    law, times, actions = make_law(cfg), store.columns["timestamp"], store.columns.get("action")
     parts: dict[str, list[np.ndarray]] = {}
+    for start, length, events, probabilities in _blocks(store, cfg, targets, see_times):
+        if mask_seen:
+            row = np.repeat(np.arange(len(length)), length)
+            recent = slice(None) if window is None else events >= (start + length - window)[row]
+            probabilities[row[recent], store.columns["item_id"][events[recent]]] = 0.0
+        for name, values in expected_metrics(probabilities, ks).items():
+            parts.setdefault(name, []).append(values)
+    return {name: float(np.concatenate(values).mean()) for name, values in parts.items()}
+
+
+def ideal_scores(
+    store: EventStore, cfg: PlantedConfig, targets: Targets, see_times: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the best ranker makes of the very targets that a planted log drew, beside which a model's score has the same
+    sampling noise.
+
+    Args:
+        store, cfg, targets, see_times: As of ``ceiling``.
+
+    Returns:
+        (n,) float64 -log P(target), and (n,) int64 items that are likelier than the target.
+    """
+    losses, better = [], []
+    for start, length, _, probabilities in _blocks(store, cfg, targets, see_times):
+        own = probabilities[np.arange(len(length)), store.columns["item_id"][start + length]]
+        losses.append(-np.log(own))
+        better.append((probabilities > own[:, None]).sum(1))
+    return np.concatenate(losses), np.concatenate(better)
+
+
+def _blocks(
+    store: EventStore, cfg: PlantedConfig, targets: Targets, see_times: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """A block of targets at a time: their users' first events, lengths of histories, the histories' events, and (n, V)
+    ``predictive`` of them."""
+    law, times, actions = make_law(cfg), store.columns["timestamp"], store.columns.get("action")
     for lo in range(0, len(targets), USERS_PER_BLOCK):
         start = store.offsets[targets.user[lo : lo + USERS_PER_BLOCK]]
         length = targets.position[lo : lo + USERS_PER_BLOCK]
@@ -143,10 +180,4 @@ def ceiling(
             times[start + length],
             see_times,
         )
-        if mask_seen:
-            row = np.repeat(np.arange(len(length)), length)
-            recent = slice(None) if window is None else events >= (start + length - window)[row]
-            probabilities[row[recent], store.columns["item_id"][events[recent]]] = 0.0
-        for name, values in expected_metrics(probabilities, ks).items():
-            parts.setdefault(name, []).append(values)
-    return {name: float(np.concatenate(values).mean()) for name, values in parts.items()}
+        yield start, length, events, probabilities

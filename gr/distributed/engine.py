@@ -73,20 +73,15 @@ class Engine:
         loss.backward()
 
     def update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
-        """Scales and clips the gradients and applies them, if ``sums`` and their norm are finite.
+        """Scales and clips the gradients and applies them, if ``sums`` and their norm (ZeRO: ``sums``) are finite.
 
         Args:
             scale: () what they are multiplied by; ``None``: the loss was.
             sums: (n,) float64 of the step, the same on every rank.
 
         Returns:
-            () norm of the dense gradient before clipping; NaN where ``sums`` are known not to be finite.
+            () norm of the dense gradient before clipping.
         """
-        if known_broken(sums):
-            return torch.full((), torch.nan, device=self.ctx.device)
-        return self._update(scale, sums)
-
-    def _update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
         if scale is not None:
             for group in self.param_groups:
                 grads = [_local(p.grad) for p in group["params"] if p.grad is not None]
@@ -96,8 +91,10 @@ class Engine:
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.dense, self.clip_norm, norm)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).to(self.ctx.device)
-        if not known_broken(norm):
-            _hold(self.optimizer, torch.cat([sums, norm.double().reshape(1)]))
+        numbers = torch.cat([sums, norm.double().reshape(1)])
+        if nobody_waits(numbers):
+            _hold(self.optimizer, numbers)
+        if not known_broken(numbers):
             self.optimizer.step()
         return norm
 
@@ -143,15 +140,20 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def nobody_waits(numbers: Tensor) -> bool:
+    """Whether a step goes on before its numbers are known: on a GPU."""
+    return numbers.device.type != "cpu"
+
+
 def known_broken(numbers: Tensor) -> bool:
-    """Whether one of ``numbers`` is known not to be finite: never on a GPU, where nobody waits for them."""
-    return numbers.device.type == "cpu" and not bool(torch.isfinite(numbers).all())
+    """Whether one of ``numbers`` is known not to be finite."""
+    return not nobody_waits(numbers) and not bool(torch.isfinite(numbers).all())
 
 
 def _hold(optimizer: torch.optim.Optimizer, numbers: Tensor) -> None:
     """From a step on of which one of ``numbers`` is not finite, a fused optimizer of plain tensors updates nothing.
 
-    For a GPU, where the next steps are taken before anybody looks; torch's gradient scaling asks for the same.
+    The next steps are taken before anybody looks; torch's gradient scaling asks for the same.
     """
     plain = not any(hasattr(p, "to_local") for group in optimizer.param_groups for p in group["params"])
     if plain and optimizer.defaults.get("fused"):

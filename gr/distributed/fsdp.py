@@ -53,9 +53,10 @@ class FSDPEngine(Engine):
         self.model.wrapper.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
-    def _update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
-        average_gradients(self._tables, self.ctx)  # tables that every process holds
-        return super()._update(scale, sums)
+    def update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
+        """See ``Engine``; the tables that every process holds are looked after here."""
+        average_gradients(self._tables, self.ctx)
+        return super().update(scale, sums)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:

@@ -85,10 +85,15 @@ class ZeroEngine(Engine):
         """See ``Engine``."""
         self._deepspeed.backward(loss)
 
-    def _update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
-        # DeepSpeed tells the norm when it has applied the gradients: a norm alone that is not finite does not hold
-        # them back. On a GPU, where nobody waits for the sums, nothing does.
+    def update(self, scale: Tensor | None, sums: Tensor) -> Tensor:
+        """See ``Engine``; ``scale`` must be ``None``.
+
+        DeepSpeed tells the norm when it has applied the gradients: a norm alone that is not finite does not hold them
+        back. On a GPU nobody waits for ``sums``, and nothing does.
+        """
         assert scale is None
+        if known_broken(sums):
+            return torch.full((), torch.nan, device=self.ctx.device)
         average_gradients(self._tables, self.ctx)
         self._deepspeed.step()
         norm = torch.as_tensor(self._deepspeed.get_global_grad_norm(), device=self.ctx.device)

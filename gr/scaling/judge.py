@@ -4,14 +4,13 @@ targets, and on a planted world the least loss that any model could have."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
-from gr.data.ceiling import USERS_PER_BLOCK, predictive
+from gr.data.ceiling import ideal_scores
 from gr.data.layout import evaluation_batch
-from gr.data.planted import PlantedConfig, make_law
+from gr.data.planted import PlantedConfig
 from gr.data.split import Targets
 from gr.data.store import EventStore
 from gr.distributed.process import ProcessContext
@@ -59,16 +58,4 @@ def loss_floor(config: RunConfig, store: EventStore, targets: Targets) -> float 
     """
     if not isinstance(config.data, PlantedConfig):
         return None
-    law, items, times = make_law(config.data), store.columns["item_id"], store.columns["timestamp"]
-    actions: Any = store.columns.get("action")
-    total = 0.0
-    for lo in range(0, len(targets), USERS_PER_BLOCK):
-        start = store.offsets[targets.user[lo : lo + USERS_PER_BLOCK]]
-        length = targets.position[lo : lo + USERS_PER_BLOCK]
-        offsets = np.concatenate([[0], np.cumsum(length)])
-        events = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], length)
-        seen = None if actions is None else actions[events]
-        asked = times[start + length]
-        probability = predictive(law, offsets, items[events], times[events], seen, asked)
-        total -= np.log(probability[np.arange(len(length)), items[start + length]]).sum()
-    return float(total / len(targets))
+    return float(ideal_scores(store, config.data, targets)[0].mean())

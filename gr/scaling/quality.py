@@ -1,8 +1,8 @@
 """HR, NDCG and the like: four forms, and which of them foretells a run.
 
 ``surface``: Qmax - A N^-alpha - B D^-beta, which is ``law.fit_law`` of 1 - Q. ``through``: in two steps, the logit of Q
-is a parabola in the loss over the three largest budgets (over more it bends both ways, which a parabola does not), and
-the loss follows its own law. Both say a value for any run and are what a run is foretold
+is a parabola in the loss over the three largest budgets (over more it may bend both ways, as on the planted world of
+benchmarks/results/scaling_planted_2.md, which a parabola does not), and the loss, of all budgets, follows its own law. Both say a value for any run and are what a run is foretold
 by. Two more are of the best run of each budget, to be read beside others' figures: ``line``: q0 + q1 log10 C, as HSTU's
 are drawn (arXiv 2402.17152), and ``saturating``: Qmax - k C^-gamma. A line cannot saturate; on the study of
 benchmarks/results/scaling_planted.md it was .010 to .049 off ten times ahead where ``surface`` was at most .008.
@@ -125,7 +125,7 @@ SPEAKS_OF: dict[str, Callable[[Rows, str], Rows]] = {
     "line": best_of_budgets,
     "saturating": best_of_budgets,
 }
-"""The runs that a form is fitted to."""
+"""The runs that a form's scatter is taken over."""
 
 
 def _misses(form: Quality, rows: Rows, metric: str) -> np.ndarray:
@@ -135,7 +135,7 @@ def _misses(form: Quality, rows: Rows, metric: str) -> np.ndarray:
 
 
 def fit_quality(rows: Rows, metric: str) -> dict[str, Any] | None:
-    """Every form fitted to all budgets, and the one of FORETELLS that told the largest budget best from the others.
+    """Every form fitted to all budgets (the parabola of ``through`` to the largest), and the one of FORETELLS that told the largest budget best from the others.
 
     Args:
         rows: Runs to fit.

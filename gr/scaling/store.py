@@ -239,9 +239,7 @@ def driving(study_folder: Path) -> contextlib.AbstractContextManager[None]:
     Raises:
         UserError: Another one has it, or the folder cannot be written.
     """
-    return locked(
-        study_folder / ".lock", f"{study_folder} is being run by another gr-scaling; wait, or end that one"
-    )
+    return locked(study_folder / ".lock", f"{study_folder} is being run by another gr-scaling; wait, or end that one")
 
 
 def seen_rates(study_folder: Path) -> list[tuple[RunSpec, float]]:

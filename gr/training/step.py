@@ -82,6 +82,7 @@ def run_step(
     seed_step(context.seed, context.step, ctx.rank)
     sums: Tensor | None = None
     names: tuple[str, ...] = ()
+    broken = False
     cost, rows, forward = StepCost(), (0, 0), Stopwatch(device)
     for number, batch in enumerate(batches):
         assert batch.num_sequences > 0 and batch.num_tokens > 0, f"rank {ctx.rank} got an empty batch"
@@ -100,7 +101,8 @@ def run_step(
                 known = torch.stack([losses.total, losses.weight]).detach().double()
                 weight = all_reduce_sum(known, ctx)[1]
                 # On a GPU nobody waits to know, so that rows of such a batch learn what is not finite.
-                if not known_broken(known):
+                broken = known_broken(known)
+                if not broken:
                     engine.backward(losses.total * _scale(weight, ctx).to(losses.total.dtype))
         names = tuple(sorted(losses.parts))
         scalars = [losses.total, losses.weight, *(losses.parts[name] for name in names)]
@@ -110,7 +112,9 @@ def run_step(
     own = sums[:2].clone()
     all_reduce_sum(sums, ctx)
     grad_norm = engine.update(None if scale_first else _scale(sums[1], ctx), sums[:2])
-    if tables is not None and not known_broken(grad_norm):
+    if broken:
+        grad_norm = torch.full_like(grad_norm, torch.nan)
+    if tables is not None and not known_broken(torch.cat([sums[:2], grad_norm.double().reshape(1)])):
         tables.update()
     work = Work(cost.tokens, cost.pairs, cost.forward_flops, *rows, forward)
     return StepResult(sums, own, names, grad_norm, work)

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from gr.data.ceiling import ceiling, expected_metrics, mean_continue, predictive
+from gr.data.ceiling import ceiling, expected_metrics, ideal_scores, mean_continue, predictive
 from gr.data.planted import EPOCH_START, Planted, PlantedConfig, generate, item_titles, make_law
 from gr.data.split import Targets
 from gr.data.store import memory_store, read_store
@@ -138,7 +138,10 @@ def test_the_oracle_hits_as_often_as_the_ceiling_says(tmp_path):
     history[last] = False
     offsets = store.offsets - np.arange(store.num_users + 1)
     p = predictive(make_law(cfg), offsets, items[history], times[history], None, times[last])
-    hit = (p > p[np.arange(len(last)), items[last]][:, None]).sum(1) < 10
+    own = p[np.arange(len(last)), items[last]]
+    hit = (p > own[:, None]).sum(1) < 10
+    losses, better = ideal_scores(store, cfg, targets)
+    assert np.array_equal(better < 10, hit) and np.allclose(losses, -np.log(own))
     expected = ceiling(store, cfg, targets, (10,))["hr@10"]
     assert abs(hit.mean() - expected) < 4 * np.sqrt(expected * (1 - expected) / len(last))
     # The same where seen items are not shown: nobody hits a target that was seen before.

@@ -14,6 +14,7 @@ from gr.distributed.process import ProcessContext
 from gr.errors import UserError
 from gr.files import write_atomic
 from gr.training.checkpoint import find_checkpoint, load_torch, set_aside
+from gr.training.config import EarlyStoppingConfig
 from gr.training.signals import ask_to_stop
 from gr.training.weights import load_weights, write_step
 from tiny_training import TinyLoader, TinyModel, same, tiny_config, tiny_trainer, weights
@@ -160,6 +161,18 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_ends_the_same(tmp_path, ca
     told = f"warning: checkpoint {newest} is damaged (state.pt has changed); it is kept as {newest.name}.damaged, "
     assert told + f"and training goes on from the one before, step {step}\n" in capsys.readouterr().out
     assert names(checkpoints) == [f"{newest.name}.damaged", "step-00000020", "step-00000024"]
+
+
+def test_best_weights_newer_than_the_checkpoint_gone_on_from_tell_their_own_step(tmp_path):
+    """A repeat that is not bit-exact may find worse ones; best.pt then holds those of before."""
+    config = tiny_config(epochs=2, early_stopping=EarlyStoppingConfig(patience=9))
+    before = iter([0.4, 0.9])
+    told = tiny_trainer(tmp_path, config, evaluate=lambda model: {"ndcg@10": next(before)}).fit()
+    assert (told.best_step, told.best_metrics) == (16, {"ndcg@10": 0.9})
+    _, newest = sorted((tmp_path / "checkpoints").iterdir())
+    damage(newest / "state.pt", flip)
+    again = tiny_trainer(tmp_path, config, evaluate=lambda model: {"ndcg@10": 0.1}).fit()
+    assert (again.best_step, again.best_metrics) == (16, {"ndcg@10": 0.9})
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 2000])

@@ -73,7 +73,7 @@ def as_on_a_gpu(monkeypatch) -> None:
     """Nobody looks at a step before four are done, and the update is held back by a tensor."""
 
     monkeypatch.setattr(trainer, "_sync_every", lambda device: 16)
-    monkeypatch.setattr(engine, "known_broken", lambda numbers: False)
+    monkeypatch.setattr(engine, "nobody_waits", lambda numbers: True)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "flushed-later"])
@@ -121,6 +121,18 @@ def test_tables_do_not_learn_what_is_not_finite(x, learned):
     batch = poisoned(x).batch(EPOCH, INDEX, 0)
     run_step(engine, Phase(), iter([batch]), 1, StepContext(0, 5), ctx, bf16=False, tables=tables)
     assert tables.updated == learned
+
+
+@pytest.mark.parametrize(("loss", "learned"), [(2.0, True), (math.inf, False), (math.nan, False)])
+def test_a_loss_that_is_not_finite_is_not_learned_from_whatever_its_gradient(loss, learned):
+    model = fragile()
+    before, parameters = weights(model), list(model.parameters())
+    engine = Engine(model, torch.optim.AdamW(parameters), parameters, ProcessContext())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    norm = engine.update(None, torch.tensor([loss, 1.0], dtype=torch.float64))
+    assert float(norm) == pytest.approx(sum(p.numel() for p in parameters) ** 0.5)
+    assert same(before, weights(model)) != learned
 
 
 def worker(rank: int, world: int, folder: str) -> None:
