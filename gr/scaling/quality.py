@@ -1,11 +1,12 @@
 """HR, NDCG and the like: four forms, and which of them foretells a run.
 
 ``surface``: Qmax - A N^-alpha - B D^-beta, which is ``law.fit_law`` of 1 - Q. ``through``: in two steps, the logit of Q
-is a parabola in the loss over the three largest budgets (over more it may bend both ways, as on the planted world of
-benchmarks/results/scaling_planted_2.md, which a parabola does not), and the loss, of all budgets, follows its own law. Both say a value for any run and are what a run is foretold
-by. Two more are of the best run of each budget, to be read beside others' figures: ``line``: q0 + q1 log10 C, as HSTU's
-are drawn (arXiv 2402.17152), and ``saturating``: Qmax - k C^-gamma. A line cannot saturate; on the study of
-benchmarks/results/scaling_planted.md it was .010 to .049 off ten times ahead where ``surface`` was at most .008.
+is a parabola in the loss over the three largest budgets, and the loss, of all budgets, follows its own law. (Over more
+the logit may bend both ways, as on the planted world of benchmarks/results/scaling_planted_2.md, which a parabola does
+not.) Both say a value for any run and are what a run is foretold by. Two more are of the best run of each budget, to be
+read beside others' figures: ``line``: q0 + q1 log10 C, as HSTU's are drawn (arXiv 2402.17152), and ``saturating``:
+Qmax - k C^-gamma. A line cannot saturate; on the study of benchmarks/results/scaling_planted.md it was .010 to .049 off
+ten times ahead where ``surface`` was at most .008.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def _misses(form: Quality, rows: Rows, metric: str) -> np.ndarray:
 
 
 def fit_quality(rows: Rows, metric: str) -> dict[str, Any] | None:
-    """Every form fitted to all budgets (the parabola of ``through`` to the largest), and the one of FORETELLS that told the largest budget best from the others.
+    """Every form fitted to all budgets (the parabola of ``through`` to the largest), and the one of FORETELLS that told
+    the largest budget best from the others.
 
     Args:
         rows: Runs to fit.
