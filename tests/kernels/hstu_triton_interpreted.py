@@ -46,8 +46,10 @@ def test_it_is_so_with_the_shipped_tiles_and_several_of_them_a_row(case):
 
 @FORMS
 @pytest.mark.parametrize("dims", [(256, 256), (16, 256), (256, 17)], ids=str)
-def test_it_is_so_with_the_widest_heads(dims, form):
-    check(Choice(replace(CASES[1], dims=dims, form="full"), torch.bfloat16, 20, 1, (16, 32), form, False))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_it_is_so_with_the_widest_heads_and_both_biases(dtype, dims, form):
+    case = replace(CASES[1], dims=dims, form="full", position=("shared", "index"), time="per_head")
+    check(Choice(case, dtype, 20, 1, (16, 16), form, False))
 
 
 @FORMS
