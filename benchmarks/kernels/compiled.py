@@ -11,17 +11,17 @@ THREADS = 32
 """Of a warp."""
 SHARED_KIB = {80: 163, 90: 227}
 """Shared memory that one program may have (CUDA C++ Programming Guide, technical specifications)."""
-AGAIN: dict[tuple[int, str, bool, int, bool], float] = {
+AGAIN: dict[tuple[int, str, bool, int, str], float] = {
     # With as many warps as the tile has rows for, these spill: two or four warps make each score.
-    (80, "backward", True, 256, True): 4.0,
-    (80, "backward_packed", True, 128, True): 2.0,
-    (90, "backward", True, 128, True): 2.0,
-    (90, "backward", True, 256, True): 2.0,
-    (90, "backward_packed", True, 256, False): 2.0,
-    (90, "backward_packed", True, 256, True): 2.0,
+    (80, "backward", True, 256, "wide"): 4.0,
+    (80, "backward_packed", True, 128, "wide"): 2.0,
+    (90, "backward", True, 128, "wide"): 2.0,
+    (90, "backward", True, 256, "wide"): 2.0,
+    (90, "backward_packed", True, 256, ""): 2.0,
+    (90, "backward_packed", True, 256, "wide"): 2.0,
     # ptxas makes some of them again rather than keep all of a tile in registers.
-    **{(sm, "backward_packed", True, dim, False): 1.5 for sm in (80, 90) for dim in (16, 32, 64)},
-    (90, "backward_packed", True, 128, True): 1.5,
+    **{(sm, "backward_packed", True, dim, ""): 1.5 for sm in (80, 90) for dim in (16, 32, 64)},
+    (90, "backward_packed", True, 128, "wide"): 1.5,
 }
 """(architecture, kernel, half, dim, bias) of shipped tiles whose scores are made more than once: how often at most."""
 
@@ -43,7 +43,7 @@ class Row:
     kernel: str
     dtype: str
     dim: int
-    bias: bool
+    bias: str
     composed: bool
     deterministic: bool
     block_m: int
@@ -145,7 +145,7 @@ def table(found: Sequence[Row]) -> str:
     for each in found:
         times, most = designed(each)
         cells = (
-            each.architecture, each.kernel, each.dtype, each.dim, "yes" if each.bias else "",
+            each.architecture, each.kernel, each.dtype, each.dim, each.bias,
             "composed" if each.composed else "causal", "integers" if each.deterministic else "",
             f"{each.block_m}x{each.block_n}", each.num_warps, each.num_stages, each.registers, each.stack, each.spills,
             f"{each.shared / 1024:.0f}", each.hgmma, each.hmma, _number(each.scored),

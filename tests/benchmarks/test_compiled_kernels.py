@@ -116,7 +116,7 @@ def test_launches_compile_for_a_gpu_that_is_not_there_and_spills_are_seen(tmp_pa
 def row(**changed) -> compiled.Row:
     """A right row of a 16-bit forward kernel, but for what is changed."""
     right = dict(
-        architecture=80, kernel="forward", dtype="bfloat16", dim=64, bias=False, composed=False, deterministic=False,
+        architecture=80, kernel="forward", dtype="bfloat16", dim=64, bias="", composed=False, deterministic=False,
         block_m=64, block_n=64, num_warps=4, num_stages=2, registers=200, stack=0, spills=0, shared=1 << 15, hgmma=0,
         hmma=64, scored=1.0, reciprocals=0.0, failure="", source="s", triton="3.7.1",
     )  # fmt: skip
@@ -142,9 +142,9 @@ def row(**changed) -> compiled.Row:
         ({"dtype": "float32", "hmma": 0, "reciprocals": 1.0}, []),
         ({"dtype": "float32", "hmma": 0, "reciprocals": 1.5}, ["1.50 reciprocals"]),
         # By design up to four warps make each score.
-        ({"kernel": "backward", "dim": 256, "bias": True, "scored": 4.0}, []),
+        ({"kernel": "backward", "dim": 256, "bias": "wide", "scored": 4.0}, []),
         (
-            {"kernel": "backward", "dim": 256, "bias": True, "scored": 4.5},
+            {"kernel": "backward", "dim": 256, "bias": "wide", "scored": 4.5},
             ["4.5 tanh or exp a score, by design 1 to 4"],
         ),
     ],
