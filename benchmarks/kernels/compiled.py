@@ -13,14 +13,17 @@ SHARED_KIB = {80: 163, 90: 227}
 """Shared memory that one program may have (CUDA C++ Programming Guide, technical specifications)."""
 AGAIN: dict[tuple[int, str, bool, int, str], float] = {
     # With as many warps as the tile has rows for, these spill: two or four warps make each score.
+    (80, "backward", True, 128, "narrow"): 2.0,
     (80, "backward", True, 256, "wide"): 4.0,
     (80, "backward_packed", True, 128, "wide"): 2.0,
     (90, "backward", True, 128, "wide"): 2.0,
     (90, "backward", True, 256, "wide"): 2.0,
+    (90, "backward_packed", True, 128, "narrow"): 2.0,
     (90, "backward_packed", True, 256, ""): 2.0,
     (90, "backward_packed", True, 256, "wide"): 2.0,
     # ptxas makes some of them again rather than keep all of a tile in registers.
     **{(sm, "backward_packed", True, dim, ""): 1.5 for sm in (80, 90) for dim in (16, 32, 64)},
+    (80, "backward_packed", True, 64, "narrow"): 1.5,
     (90, "backward_packed", True, 128, "wide"): 1.5,
 }
 """(architecture, kernel, half, dim, bias) of shipped tiles whose scores are made more than once: how often at most."""
