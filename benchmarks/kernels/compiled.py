@@ -14,7 +14,10 @@ SHARED_KIB = {80: 163, 90: 227}
 AGAIN: dict[tuple[int, str, bool, int, str], float] = {
     # With as many warps as the tile has rows for, these spill: two or four warps make each score.
     (80, "backward", True, 128, "narrow"): 2.0,
+    (80, "backward", True, 256, "narrow"): 2.0,
     (80, "backward", True, 256, "wide"): 4.0,
+    (80, "forward_packed", True, 32, "narrow"): 2.0,
+    (80, "backward_packed", True, 128, "narrow"): 2.0,
     (80, "backward_packed", True, 128, "wide"): 2.0,
     (90, "backward", True, 128, "wide"): 2.0,
     (90, "backward", True, 256, "wide"): 2.0,
@@ -83,11 +86,13 @@ def designed(row: Row) -> tuple[float, float]:
     A score takes one tanh (float32: one exp and a reciprocal), never less, and more only by ``AGAIN``. To that come
     the reciprocals of divisors in a packed kernel, whose every instruction is counted, and where a loop over queries
     divides by each one's: at most one for each query that a thread has, of which matrix units give it a quarter of the
-    tile's, and one for a divisor that is a number.
+    tile's, and one for a divisor that is a number. In float32 a thread may have all of them, and part of a loop over
+    keys may be laid out behind the division that follows it (as seen on sm_80), which is then counted as the loop's.
     """
     times = AGAIN.get((row.architecture, row.kernel, row.half, row.dim, row.bias), 1.0)
-    divides = row.kernel.endswith("_packed") or (row.kernel == "backward" and row.composed)
-    divisors = (row.block_m / 4 + 1) * THREADS * row.num_warps / (row.block_m * row.block_n) if divides else 0.0
+    divides = row.kernel.endswith("_packed") or (row.composed and (row.kernel == "backward" or not row.half))
+    queries = row.block_m / 4 if row.half else row.block_m
+    divisors = (queries + 1) * THREADS * row.num_warps / (row.block_m * row.block_n) if divides else 0.0
     return times, divisors if row.half else times + divisors
 
 

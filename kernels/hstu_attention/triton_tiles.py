@@ -149,7 +149,7 @@ _FLOATS: dict[tuple[str, bool, str | None], tuple[_Sizes, ...]] = {
 _SHIPPED: dict[int, dict[tuple[str, bool, str | None], tuple[_Sizes, ...]]] = {
     # (kernel, half, bias or either): (block_m, block_n, num_warps, num_stages) for dims 16, 32, 64, 128, 256.
     # The rows of a tile (queries, backward keys) are 16 a warp: with fewer, warps may share rows and both compute the
-    # scores; where that is so all the same, fewer warps spill. Distances in time take a register a pair, or two if wide.
+    # scores; where that is so all the same, fewer warps spill. A distance in time takes one register, a wide one two.
     80: {
         ("forward", True, ""): (*((128, 64, 4, 2),) * 3, (128, 64, 8, 2), (32, 32, 4, 1)),
         ("forward", True, "narrow"): (*((64, 64, 4, 1),) * 3, *((32, 32, 4, 1),) * 2),
@@ -158,10 +158,10 @@ _SHIPPED: dict[int, dict[tuple[str, bool, str | None], tuple[_Sizes, ...]]] = {
         ("backward_query", True, "narrow"): (*((128, 32, 8, 2),) * 3, *((32, 32, 4, 1),) * 2),
         ("backward_query", True, "wide"): (*((64, 32, 4, 2),) * 3, (32, 32, 4, 1), (32, 32, 4, 1)),
         ("backward", True, ""): (*((32, 64, 4, 2),) * 3, (64, 64, 8, 2), (32, 16, 4, 1)),
-        ("backward", True, "narrow"): (*((16, 64, 4, 1),) * 3, (32, 32, 8, 1), (16, 16, 8, 1)),
+        ("backward", True, "narrow"): (*((16, 64, 4, 1),) * 3, (32, 32, 8, 1), (32, 16, 8, 1)),
         ("backward", True, "wide"): (*((16, 32, 2, 1),) * 2, (32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 8, 1)),
         ("forward_packed", True, ""): (*((64, 64, 4, 1),) * 4, (64, 64, 8, 1)),
-        ("forward_packed", True, "narrow"): (*((64, 64, 4, 1),) * 4, (64, 64, 8, 1)),
+        ("forward_packed", True, "narrow"): ((64, 64, 4, 1), (64, 64, 8, 1), *((64, 64, 4, 1),) * 2, (64, 64, 8, 1)),
         ("forward_packed", True, "wide"): (*((32, 32, 2, 1),) * 2, *((32, 32, 4, 1),) * 2, (64, 64, 8, 1)),
         ("backward_packed", True, ""): (*((64, 64, 4, 1),) * 3, (64, 64, 8, 1), (32, 32, 4, 1)),
         ("backward_packed", True, "narrow"): (*((32, 32, 2, 1),) * 3, (32, 32, 8, 1), (32, 32, 4, 1)),
@@ -176,7 +176,7 @@ _SHIPPED: dict[int, dict[tuple[str, bool, str | None], tuple[_Sizes, ...]]] = {
         ("backward_query", True, "narrow"): (*((128, 64, 8, 2),) * 3, (128, 32, 8, 2), (32, 32, 4, 1)),
         ("backward_query", True, "wide"): (*((64, 32, 4, 2),) * 3, (64, 16, 4, 1), (32, 32, 4, 1)),
         ("backward", True, ""): (*((64, 128, 8, 2),) * 3, (16, 128, 8, 2), (32, 16, 4, 1)),
-        ("backward", True, "narrow"): (*((16, 64, 4, 1),) * 3, (64, 32, 8, 1), (32, 16, 8, 1)),
+        ("backward", True, "narrow"): (*((16, 64, 4, 1),) * 3, (64, 32, 8, 1), (32, 16, 4, 1)),
         ("backward", True, "wide"): (*((16, 32, 2, 1),) * 2, (64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
         ("forward_packed", True, ""): (*((128, 128, 8, 1),) * 4, (64, 64, 4, 1)),
         ("forward_packed", True, "narrow"): (*((64, 64, 4, 1),) * 4, (32, 32, 4, 1)),
