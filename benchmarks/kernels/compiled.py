@@ -20,8 +20,10 @@ AGAIN: dict[tuple[int, str, bool, int, str], float] = {
     (80, "backward_packed", True, 128, "narrow"): 2.0,
     (80, "backward_packed", True, 128, "wide"): 2.0,
     (90, "backward", True, 128, "wide"): 2.0,
+    (90, "backward", True, 256, "narrow"): 2.0,
     (90, "backward", True, 256, "wide"): 2.0,
-    (90, "backward_packed", True, 128, "narrow"): 2.0,
+    (90, "forward_packed", True, 128, "narrow"): 2.0,
+    **{(90, "backward_packed", True, dim, "narrow"): 2.0 for dim in (16, 32, 128, 256)},
     (90, "backward_packed", True, 256, ""): 2.0,
     (90, "backward_packed", True, 256, "wide"): 2.0,
     # ptxas makes some of them again rather than keep all of a tile in registers.

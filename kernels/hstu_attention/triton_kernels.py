@@ -352,7 +352,7 @@ def key_kernel(
     # too many of a wide head, which loads its keys and values again for each block of queries.
     keys = None
     values = None
-    if not (k.dtype.element_ty == tl.float32 and (BLOCK_QK > 128 or BLOCK_V > 128)):
+    if not (k.dtype.element_ty == tl.float32 and BLOCK_QK + BLOCK_V >= 256):
         keys = load_rows(k, key, k_token, inside, D_QK, BLOCK_QK, True)
         values = load_rows(v, key, v_token, inside, D_V, BLOCK_V, True)
     q += q_start * q_token + head * q_head
