@@ -33,7 +33,7 @@ def units(context: Context) -> Iterator[Unit]:
 
 def name_of(key: Key) -> str:
     """Of a unit."""
-    return f"{key.kernel}/{key.dim}/{key.length}" + "/bias" * key.bias
+    return f"{key.kernel}/{key.dim}/{key.length}" + "/bias" * bool(key.bias)
 
 
 def find(key: Key, longest: int, context: Context) -> Result:

@@ -5,7 +5,7 @@
 
 For each tile of ``triton_tiles.shipped()`` the backend's own launcher is called with a stand-in driver, and triton
 compiles what it would launch: in bfloat16 causal and with a composed mask, targets' ids for positions, float64 or
-(deterministic) integer sums of the tables; in float16 at one width; in float32 causal. A row holds
+(deterministic) integer sums of the tables; in float16 at one width, causal; in float32 causal and composed. A row holds
 
 - registers, stack, spills (LDL and STL), shared memory beside what the architecture has;
 - tensor-core instructions (HGMMA of a warp group on sm_90, HMMA of a warp), which every 16-bit kernel must have;
@@ -15,7 +15,9 @@ compiles what it would launch: in bfloat16 causal and with a composed mask, targ
 Exit status 1 if a kernel spills, needs more shared memory than there is, lacks tensor cores, has other counts of
 special-function instructions than designed, or was not reached in ``--minutes``. ``--out`` writes the table, and beside
 it each row as soon as it is made, as JSON lines. Another run with the same ``--out`` makes what is missing and keeps
-the rows of other choices of options, as long as the kernels' source, the tile and triton are the same.
+the rows of other choices of options, as long as the kernels' source, the tile and triton are the same. The source is
+that of the kernels and of what they call (``SOURCES``), not the launcher, which decides what arguments a kernel gets:
+who changes that removes the rows.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ import os
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,10 +56,11 @@ LONGEST, LENGTHS, HEADS = 4096, (300, 1, 77), 4
 REQUIRED = (
     "Required of each: no stack, no local loads or stores, shared memory within the architecture's, instructions of "
     "the special-function unit as designed; of 16-bit kernels also tensor-core instructions. float32 kernels multiply "
-    'in float32 (`torch.get_float32_matmul_precision()` "highest", the default), which tensor cores do not; they are '
-    'compiled with the causal mask alone, and with TF32 products ("high") not at all.'
+    'in float32 (`torch.get_float32_matmul_precision()` "highest", the default), which tensor cores do not; with TF32 '
+    'products ("high") they are not compiled. Biases are a position and a time table: times of 64 bits are "wide", of '
+    '32 bits "narrow".'
 )
-SOURCES = ("triton_kernels.py", "triton_launch.py", "triton_packed.py", "triton_scores.py")
+SOURCES = ("triton_kernels.py", "triton_packed.py", "triton_scores.py")
 
 
 @dataclass(frozen=True)
@@ -77,20 +81,17 @@ def variants(architecture: int) -> list[Variant]:
     for key in triton_tiles.shipped():
         if key.architecture != architecture:
             continue
-        if not key.half:
-            found.append(Variant(key, "float32"))
-            continue
-        found += [Variant(key, "bfloat16", composed) for composed in (False, True)]
-        if key.dim == 64:
+        found += [Variant(key, "bfloat16" if key.half else "float32", composed) for composed in (False, True)]
+        if key.half and key.dim == 64:
             found.append(Variant(key, "float16"))
-        if key.bias and key.kernel in ("backward", "backward_packed"):
+        if key.half and key.bias and key.kernel in ("backward", "backward_packed"):
             found.append(Variant(key, "bfloat16", True, True))
     return found
 
 
 @cache
 def source() -> str:
-    """Hash of all that is compiled, tiles apart."""
+    """Hash of the kernels and of what they call."""
     folder = Path(triton_tiles.__file__).parent
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
 
@@ -163,7 +164,7 @@ def launch(variant: Variant) -> None:
     tokens, table = int(offsets[-1]), None
     q, k, v, grad = (torch.zeros(tokens, HEADS, key.dim, dtype=getattr(torch, variant.dtype)) for _ in range(4))
     if key.bias:
-        times = torch.arange(tokens)
+        times = torch.arange(tokens, dtype=torch.int32 if key.bias == "narrow" else torch.int64)
         table = RelativeBias(
             position_table=torch.zeros(2 * longest - 1), time_table=torch.zeros(129), key_times=times,
             query_times=times, position_ids="target_clamped" if variant.composed else "index",
@@ -179,15 +180,10 @@ def launch(variant: Variant) -> None:
     if key.kernel.startswith("forward"):
         triton_launch.forward(arguments)
         return
-    direct = triton_tiles.keys_of
-
-    def keys_of(*args: Any, **options: Any) -> tuple[Key, ...]:
-        if key.kernel == "backward_query":
-            options["deterministic"] = True
-        found = direct(*args, **options)
-        return tuple(each for each in found if each.kernel == key.kernel)
-
-    with mock.patch.object(triton_tiles, "keys_of", keys_of):
+    if key.kernel == "backward_query":
+        arguments = replace(arguments, deterministic=True)
+    other = {"backward": "queries", "backward_query": "keys"}.get(key.kernel)
+    with nullcontext() if other is None else mock.patch.object(triton_launch._Call, other, lambda *_, **__: None):
         triton_launch.backward(grad, arguments)
 
 

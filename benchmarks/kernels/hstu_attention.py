@@ -17,6 +17,7 @@ from benchmarks.kernels.others import OTHERS
 from benchmarks.kernels.registry import Case, Cost, Inputs, Operator, external
 from gr import flops
 from gr.kernels.hstu_attention import Mask, RelativeBias, hstu_attention, op
+from gr.kernels.hstu_attention.time_buckets import NARROW
 
 TIME_BUCKETS = 129
 """Entries of the paper's time table."""
@@ -123,11 +124,10 @@ def make(case: AttentionCase, device: str, dtype: torch.dtype, seed: int, sizes:
         leaves["position_table"] = leaf(2 * case.longest - 1, scale=0.5)
     if case.time:
         leaves["time_table"] = leaf(TIME_BUCKETS, scale=0.5)
-        key_times, query_times = event_times(rng, sizes)
-        times = {
-            "key_times": torch.from_numpy(key_times).to(device),
-            "query_times": torch.from_numpy(query_times).to(device),
-        }
+        both = event_times(rng, sizes)
+        narrow = max(each.max(initial=0) for each in both) < NARROW  # as in the batches of gr.data
+        key_times, query_times = (torch.from_numpy(each).to(device, torch.int32 if narrow else None) for each in both)
+        times = {"key_times": key_times, "query_times": query_times}
 
     def count(most: int) -> Tensor | None:
         return torch.from_numpy(np.minimum(most, sizes // 4)).to(device) if most else None
@@ -158,7 +158,9 @@ def event_times(rng: np.random.Generator, sizes: np.ndarray) -> tuple[np.ndarray
     count = int(sizes.sum()) + len(sizes)  # one event more than tokens in each row
     burst = np.exp(rng.uniform(0, math.log(60), count)) - 1
     pause = np.exp(rng.uniform(math.log(3_600), math.log(1e7), count))
-    clock = 1_000_000_000 + np.cumsum(np.where(rng.random(count) < SESSION_ENDS, pause, burst).astype(np.int64))
+    clock = np.cumsum(np.where(rng.random(count) < SESSION_ENDS, pause, burst).astype(np.int64))
+    first = np.cumsum(sizes + 1) - sizes - 1
+    clock += 1_000_000_000 - clock[first].repeat(sizes + 1)
     last = np.zeros(count, dtype=bool)
     last[np.cumsum(sizes + 1) - 1] = True
     return clock[~last], clock[np.flatnonzero(~last) + 1]
@@ -251,7 +253,7 @@ def cost(inputs: Inputs) -> Cost:
     forward = 2 * heads * (dim_qk + dim_v) * pairs
     qk, v = tokens * heads * dim_qk * item, tokens * heads * dim_v * item
     tables = sum(leaves[name].numel() * item for name in leaves if name not in BY_ROW)
-    times = 2 * 8 * tokens if "time_table" in leaves else 0
+    times = 2 * tokens * inputs.fixed["bias"].key_times.element_size() if "time_table" in leaves else 0
     moved = {"fwd": 2 * qk + 2 * v + tables + times, "bwd": 4 * qk + 3 * v + 2 * tables + times}
     return Cost(tokens, pairs, {"fwd": forward, "bwd": forward * 5 // 2}, moved)
 

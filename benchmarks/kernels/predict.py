@@ -46,9 +46,9 @@ PRODUCTS = {"forward": (1, 1), "backward": (3, 2), "backward without dQ": (2, 2)
 """Products of d_qk and of d_v multiply-adds a pair."""
 ARITHMETIC = {"forward": 4, "backward": 10, "backward without dQ": 10, "backward_query": 7}
 """Of a pair without bias: scale, 1 + tanh, products, conversions; counted in the kernels' source."""
-EDGE, EDGE_GRADIENT = 3, 5
-"""Of a pair and an edge of time buckets inside its tile: a 64-bit comparison and a selection; and its sum."""
-TIME, POSITION, POSITION_GRADIENT = 5, 2, 4
+EDGE, EDGE_GRADIENT = 2, 4
+"""Of a pair and an edge of time buckets inside its tile: a comparison and a selection; and its sum."""
+TIME, POSITION, POSITION_GRADIENT = 3, 2, 4
 """Of a pair: the distance of times and its addition; a table's address and addition; turning and summing diagonals."""
 
 
@@ -130,7 +130,8 @@ def predict(case: AttentionCase, direction: str) -> Prediction:
     for part in direction.split("+"):
         keys = tiles.keys_of(
             {"fwd": "forward", "bwd": "backward"}[part], architecture=ARCHITECTURE, half=True,
-            dim=max(case.dim_qk, case.dim_v), bias=case.position or case.time, max_seq_len=case.longest,
+            dim=max(case.dim_qk, case.dim_v), bias="narrow" if case.position or case.time else "",
+            max_seq_len=case.longest,
         )  # fmt: skip
         for key in keys:
             tile, computed, edges = tiles.choose(key), 0.0, 0.0

@@ -56,7 +56,7 @@ def keys(
 ) -> dict[Key, int]:
     """The keys that such calls launch, in order of importance, and the length at which each is reached."""
     found: dict[Key, int] = {}
-    for bias in (False, True):
+    for bias in ("", "narrow"):  # times of nearly every log have 32 bits
         for dim in dims:
             for length in lengths:
                 for direction in directions:
@@ -70,7 +70,7 @@ def case_of(key: Key, longest: int) -> AttentionCase:
     """The batch on which tiles of a key are compared; full rows."""
     return AttentionCase(
         name="tile", family="tile", device="none", rows=max(1, TOKENS // longest), longest=longest, heads=HEADS,
-        dim_qk=key.dim, dim_v=key.dim, position=key.bias, time=key.bias,
+        dim_qk=key.dim, dim_v=key.dim, position=bool(key.bias), time=bool(key.bias),
     )  # fmt: skip
 
 

@@ -56,8 +56,9 @@ class JaggedBatch:
         offsets: (B+1,) int64, row starts; ``offsets[-1] == T``.
         max_seq_len: N, longest row, a host int (no device sync).
         num_tokens: T, a host int.
-        tokens: (T, ...) columns: ``item_id``, ``timestamp`` (int64 seconds), ``query_time`` (time of the event
-            to be predicted from this token), ``action``. Columns that the log lacks are absent.
+        tokens: (T, ...) columns: ``item_id``, ``timestamp`` (seconds: int32 where all of the batch's times lie in
+            [0, 2^31 - 1), else int64), ``query_time`` (the same of the event to be predicted from this token),
+            ``action``. Columns that the log lacks are absent.
         rows: (B, ...) columns: ``sample_key`` (int64, the user's index), ``num_targets``, ``num_contextual``,
             ``context``.
         index: (T,) int64 columns written by the layout, the only source for masks and positions:

@@ -27,6 +27,9 @@ from gr.data.split import Split, Targets
 from gr.data.store import EventStore
 from gr.errors import UserError
 
+NARROW_TIMES = 2**31 - 1
+"""Times of 32 bits lie in [0, NARROW_TIMES): no distance of two needs more (gr.kernels.hstu_attention)."""
+
 
 @dataclass(frozen=True)
 class LayoutConfig:
@@ -210,7 +213,7 @@ def _tokens(
         # An interleaved item token asks for the action of its own event, at that event's time.
         query = tokens["timestamp"].copy()
         query[step - 1 :: step] = following
-        tokens["query_time"] = query
+        tokens |= _seconds(timestamp=tokens["timestamp"], query_time=query)
     total = events.size * step
     index["token_type"] = np.arange(total) % step
     index["segment"] = np.zeros(total, np.int64)
@@ -225,6 +228,14 @@ def _tokens(
         index={name: torch.from_numpy(values) for name, values in index.items()},
     )
     return batch, events
+
+
+def _seconds(**times: np.ndarray) -> dict[str, np.ndarray]:
+    """int64 columns as int32 where all of them fit, as seconds since 1970 do until 2038: attention in 16 bits then has
+    larger tiles."""
+    if all(column.min() >= 0 and column.max() < NARROW_TIMES for column in times.values()):
+        return {name: column.astype(np.int32) for name, column in times.items()}
+    return times
 
 
 def _flat(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:

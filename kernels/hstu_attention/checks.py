@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr.kernels.hstu_attention.time_buckets import LARGEST_EXACT
+from gr.kernels.hstu_attention.time_buckets import LARGEST_EXACT, NARROW
 from gr.kernels.hstu_attention.types import Arguments, Divisor, Mask, RelativeBias, divisor_by_query
 
 CHECKED_VARIABLE = "GR_CHECKED"
@@ -173,11 +173,16 @@ def _check_bias(bias: RelativeBias, q: Tensor, k: Tensor, max_seq_len: int) -> N
         return
     for name, tokens in (("query_times", q.shape[0]), ("key_times", k.shape[0])):
         times = getattr(bias, name)
-        right = isinstance(times, Tensor) and times.shape == (tokens,) and times.dtype == torch.int64
+        right = isinstance(times, Tensor) and times.shape == (tokens,) and times.dtype in INTEGERS
         if not right or times.device != q.device:
             raise ValueError(
-                f"bias.{name} must be ({tokens},) int64 seconds on the device of q ({q.device}), got {_describe(times)}"
+                f"bias.{name} must be ({tokens},) int64 or int32 seconds on the device of q ({q.device}), "
+                f"got {_describe(times)}"
             )
+    if bias.key_times.dtype != bias.query_times.dtype:
+        raise ValueError(
+            f"bias.query_times must be of the dtype of key_times ({bias.key_times.dtype}), got {bias.query_times.dtype}"
+        )
 
 
 def _check_divisor(divisor: Divisor, q: Tensor, q_offsets: Tensor) -> None:
@@ -244,7 +249,11 @@ def _check_finite(q: Tensor, k: Tensor, v: Tensor, bias: RelativeBias | None) ->
 
 def _check_times(query_times: Tensor, key_times: Tensor) -> None:
     """Over the whole batch at once: a little stricter than row by row, and no row comes near it."""
-    if query_times.numel() and key_times.numel():
+    if query_times.dtype == torch.int32:
+        for name, times in (("query_times", query_times), ("key_times", key_times)):
+            if bool(((times < 0) | (times >= NARROW)).any()):
+                raise ValueError(f"bias.{name} must lie in [0, 2**31 - 1) where it is int32")
+    elif query_times.numel() and key_times.numel():
         (first, last), (low, high) = (map(int, times.aminmax()) for times in (query_times, key_times))
         if max(last - low, high - first) > LARGEST_EXACT:
             raise ValueError("bias.query_times must lie within 2**53 seconds of key_times")

@@ -88,8 +88,8 @@ def _plan(call: Arguments) -> Plan:
             num_heads=call.q.shape[1],
             num_buckets=bias.time_table.shape[-1] if timed else None,
             bucket_width=bias.bucket_width if timed else 0.0,
-            query_times=bias.query_times if timed else None,
-            key_times=bias.key_times if timed else None,
+            query_times=bias.query_times.long() if timed else None,
+            key_times=bias.key_times.long() if timed else None,
             position_entries=bias.position_table.shape[-1] if by_pair else None,
             clamped_ids=by_pair and clamped,
         )

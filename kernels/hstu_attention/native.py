@@ -101,7 +101,7 @@ class _Held:
             self.time = bias.time_table.detach().float().view(-1, bias.time_table.shape[-1]).contiguous()
         edges = None
         if bias.time_table is not None:
-            edges = edge_tensor(bias.bucket_width, self.time.shape[1], self.time.device)
+            edges = edge_tensor(bias.bucket_width, self.time.shape[1], torch.int64, self.time.device)
         q_offsets = q_offsets.long().contiguous()
         k_offsets = q_offsets if kv_offsets is None else kv_offsets.long().contiguous()
         inverse = None
@@ -113,7 +113,7 @@ class _Held:
                 else torch.full((q.shape[0],), 1.0 / each, dtype=torch.float32)
             )
         counts = [None if t is None else t.long().contiguous() for t in (mask.num_contextual, mask.num_targets)]
-        times = [None if edges is None else t.contiguous() for t in (bias.query_times, bias.key_times)]
+        times = [None if edges is None else t.long().contiguous() for t in (bias.query_times, bias.key_times)]
         q, k, v = (_rows(t) for t in (q, k, v))
         self._alive = (q, k, v, q_offsets, k_offsets, inverse, counts, times, edges)
         has_position = bias.position_table is not None

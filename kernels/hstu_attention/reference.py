@@ -153,7 +153,8 @@ def hstu_attention_reference(call: Arguments) -> Tensor:
         distance = (j[:, None, :] - i[:, :, None] + half).clamp(0, 2 * half)
         scores.add_(_look_up(bias.position_table, distance))
     if bias is not None and bias.time_table is not None:
-        seconds = queries.pad(bias.query_times, q_slots)[:, :, None] - keys.pad(bias.key_times, k_slots)[:, None, :]
+        q_times, k_times = queries.pad(bias.query_times.long(), q_slots), keys.pad(bias.key_times.long(), k_slots)
+        seconds = q_times[:, :, None] - k_times[:, None, :]
         buckets = time_bucket(seconds, bias.bucket_width, bias.time_table.shape[-1])
         scores.add_(_look_up(bias.time_table, buckets))
 

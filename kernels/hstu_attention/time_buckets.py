@@ -10,10 +10,12 @@ from torch import Tensor
 
 # Above 2**53 a float64 no longer holds every integer, so the definition of a bucket ends there.
 LARGEST_EXACT = 2**53
+NARROW = 2**31 - 1
+"""Times of 32 bits lie in [0, NARROW), so that no distance needs more, and every one of them is below this number."""
 
 
 def time_bucket(seconds: Tensor, width: float, num_buckets: int) -> Tensor:
-    """``clamp(floor(ln(max(|x|, 1)) / width), 0, num_buckets - 1)`` of int64 seconds up to 2**53.
+    """``clamp(floor(ln(max(|x|, 1)) / width), 0, num_buckets - 1)`` of integer seconds up to 2**53.
 
     A binary search among the buckets' integer edges; these are made with double precision's logarithm, which is exact
     below 5e13 seconds at the default width.
@@ -21,8 +23,8 @@ def time_bucket(seconds: Tensor, width: float, num_buckets: int) -> Tensor:
     Returns:
         int32 of the same shape.
     """
-    edges = edge_tensor(width, num_buckets, seconds.device)
-    return torch.bucketize(seconds.abs().contiguous(), edges, right=True, out_int32=True)
+    edges = edge_tensor(width, num_buckets, torch.int64, seconds.device)
+    return torch.bucketize(seconds.long().abs().contiguous(), edges, right=True, out_int32=True)
 
 
 @cache
@@ -47,7 +49,13 @@ def bucket_edges(width: float, num_buckets: int) -> tuple[int, ...]:
 
 
 @cache
-def edge_tensor(width: float, num_buckets: int, device: torch.device) -> Tensor:
-    """The edges as int64. Made once: a copy to a GPU from pageable memory in each forward would wait for it."""
+def edge_tensor(width: float, num_buckets: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The edges in the times' dtype, int64 or int32, where those that no distance reaches are ``NARROW``.
+
+    Made once: a copy to a GPU from pageable memory in each forward would wait for it.
+    """
+    edges = bucket_edges(width, num_buckets)
+    if dtype == torch.int32:
+        edges = tuple(min(edge, NARROW) for edge in edges)
     with torch.inference_mode(False):
-        return torch.tensor(bucket_edges(width, num_buckets), dtype=torch.int64, device=device)
+        return torch.tensor(edges, dtype=dtype, device=device)

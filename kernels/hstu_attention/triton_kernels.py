@@ -177,8 +177,8 @@ def query_kernel(
 
 @triton.jit
 def _add_queries(
-    d_k, d_v, keys, values, key, block, q, grad, d_q, q_token, grad_token, d_q_token, q_start, q_length,
-    k_times, query_times, k_length, context, first, shift, half_alpha, divisor, row,
+    d_k, d_v, keys, values, k, v, k_token, v_token, key, block, q, grad, d_q, q_token, grad_token, d_q_token,
+    q_start, q_length, k_times, query_times, k_length, context, first, shift, half_alpha, divisor, row,
     position, d_position, time_table, d_time, edges, edge_values, scale, window, full_tail, group,
     CAUSAL: tl.constexpr, CONTEXT: tl.constexpr, TARGETS: tl.constexpr, DIVISOR: tl.constexpr,
     CLAMPED_IDS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -186,6 +186,7 @@ def _add_queries(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """d_k and d_v (without their last factors) plus what one block of queries gives; adds to d_q and to the tables.
+    Loads ``keys`` and ``values`` where they are None.
 
     Tiles are (keys, queries), so that the products that end in d_k and d_v take theirs as it is made. Queries behind
     the row's end are zeros, and so is all that they give.
@@ -194,6 +195,8 @@ def _add_queries(
     inside = query < q_length
     at = query + (k_length - q_length)
     queries = load_rows(q, query, q_token, inside, D_QK, BLOCK_QK, True)
+    if keys is None:
+        keys = load_rows(k, key, k_token, key < k_length, D_QK, BLOCK_QK, True)
     half = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * half_alpha
     if position is not None:
         k_id = key
@@ -211,6 +214,8 @@ def _add_queries(
     by = divisor_of(divisor, row, q_start + query, inside, low, high, low2, high2, DIVISOR)
     weights, slope = slope_of(half, by[None, :], DIVISOR, FAST)
     grads = load_rows(grad, query, grad_token, inside, D_V, BLOCK_V, True)
+    if values is None:
+        values = load_rows(v, key, v_token, key < k_length, D_V, BLOCK_V, True)
     d_score = tl.dot(values, tl.trans(grads), input_precision=PRECISION) * slope
     if MASKED:
         seen = sees(key[:, None], low[None, :], high[None, :], low2[None, :], high2[None, :], TARGETS)
@@ -341,8 +346,15 @@ def key_kernel(
 
     key = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = key < k_length
-    keys = load_rows(k + k_start * k_token + head * k_head, key, k_token, inside, D_QK, BLOCK_QK, True)
-    values = load_rows(v + k_start * v_token + head * v_head, key, v_token, inside, D_V, BLOCK_V, True)
+    k += k_start * k_token + head * k_head
+    v += k_start * v_token + head * v_head
+    # A float32 product takes its operands into registers, and those that are the same for every block would stay there:
+    # too many of a wide head, which loads its keys and values again for each block of queries.
+    keys = None
+    values = None
+    if not (k.dtype.element_ty == tl.float32 and BLOCK_QK + BLOCK_V >= 256):
+        keys = load_rows(k, key, k_token, inside, D_QK, BLOCK_QK, True)
+        values = load_rows(v, key, v_token, inside, D_V, BLOCK_V, True)
     q += q_start * q_token + head * q_head
     grad += q_start * grad_token + head * grad_head
     if d_q is not None:
@@ -369,9 +381,9 @@ def key_kernel(
     total_v = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     for tile in range(full, full_end):
         total_k, total_v = _add_queries(
-            total_k, total_v, keys, values, key, tile, q, grad, d_q, q_token, grad_token, d_q_token, q_start, q_length,
-            k_times, query_times, k_length, context, first, shift, half_alpha, divisor, row,
-            position, d_position, time_table, d_time, edges, edge_values, scale, window, full_tail, group,
+            total_k, total_v, keys, values, k, v, k_token, v_token, key, tile, q, grad, d_q, q_token, grad_token,
+            d_q_token, q_start, q_length, k_times, query_times, k_length, context, first, shift, half_alpha,
+            divisor, row, position, d_position, time_table, d_time, edges, edge_values, scale, window, full_tail, group,
             CAUSAL, CONTEXT, TARGETS, DIVISOR, CLAMPED_IDS, FAST, PRECISION,
             D_QK, D_V, BLOCK_QK, BLOCK_V, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
@@ -382,9 +394,9 @@ def key_kernel(
         tile = tl.where(step < second, tile, full_end + step - second)
         tile = tl.where(step < third, tile, tail + step - third)
         total_k, total_v = _add_queries(
-            total_k, total_v, keys, values, key, tile, q, grad, d_q, q_token, grad_token, d_q_token, q_start, q_length,
-            k_times, query_times, k_length, context, first, shift, half_alpha, divisor, row,
-            position, d_position, time_table, d_time, edges, edge_values, scale, window, full_tail, group,
+            total_k, total_v, keys, values, k, v, k_token, v_token, key, tile, q, grad, d_q, q_token, grad_token,
+            d_q_token, q_start, q_length, k_times, query_times, k_length, context, first, shift, half_alpha,
+            divisor, row, position, d_position, time_table, d_time, edges, edge_values, scale, window, full_tail, group,
             CAUSAL, CONTEXT, TARGETS, DIVISOR, CLAMPED_IDS, FAST, PRECISION,
             D_QK, D_V, BLOCK_QK, BLOCK_V, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip

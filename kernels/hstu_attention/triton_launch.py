@@ -94,7 +94,7 @@ class _Call:
         else:
             self.kind, self.divisor = "number", float(divisor)
         self.number = self.divisor if self.kind == "number" else 1.0
-        self.position = self.time = edges = None
+        self.position = self.time = edges = query_times = key_times = None
         num_edges = 0
         self.reach = max_seq_len + 2 * triton_tiles.LARGEST_BLOCK  # a tile's padding: a block of keys, one of queries
         if self.bias.position_table is not None:
@@ -105,7 +105,10 @@ class _Call:
         if self.bias.time_table is not None:
             table = self.bias.time_table.detach()
             self.time = (0.5 * table.reshape(-1, table.shape[-1]).float()).contiguous()
-            edges = edge_tensor(self.bias.bucket_width, table.shape[-1], table.device)
+            # float32 kernels are compiled for wide times alone.
+            width = torch.int64 if q.dtype == torch.float32 else self.bias.key_times.dtype
+            query_times, key_times = (t.to(width).contiguous() for t in (self.bias.query_times, self.bias.key_times))
+            edges = edge_tensor(self.bias.bucket_width, table.shape[-1], width, table.device)
             num_edges = edges.shape[0]
         # Beyond the longest sequence a limit changes nothing; as they are they need not fit 32 bits.
         window, full_tail, group = (
@@ -120,8 +123,7 @@ class _Call:
             "position_row": _head_stride(self.position),
             "time_table": self.time, "time_row": _head_stride(self.time),
             "edges": edges, "num_edges": num_edges, "EDGES": max(triton.next_power_of_2(num_edges), 16),
-            "query_times": None if edges is None else self.bias.query_times.contiguous(),
-            "key_times": None if edges is None else self.bias.key_times.contiguous(),
+            "query_times": query_times, "key_times": key_times,
             "half_alpha": self.half_alpha, "window": window, "full_tail": None if window is None else full_tail,
             "group": group, "heads": self.heads, "CAUSAL": mask.causal,
             "CLAMPED_IDS": self.bias.position_ids == "target_clamped",
@@ -131,12 +133,15 @@ class _Call:
         }  # fmt: skip
 
     def keys_of(self, direction: str, deterministic: bool) -> tuple[triton_tiles.Key, ...]:
+        bias = "" if self.position is None and self.time is None else "narrow"
+        if self.time is not None and self.bias.key_times.dtype == torch.int64:
+            bias = "wide"
         return triton_tiles.keys_of(
             direction,
             architecture=triton_tiles.architecture(self.q.device),
             half=self.q.dtype != torch.float32,
             dim=max(self.q.shape[2], self.v.shape[2]),
-            bias=self.position is not None or self.time is not None,
+            bias=bias,
             max_seq_len=self.max_seq_len,
             delta=self.delta,
             deterministic=deterministic,

@@ -13,6 +13,7 @@ from gr.kernels.hstu_attention.triton_scores import (
     bucket_of,
     clamped_id,
     divisor_of,
+    largest_of,
     load_edges,
     load_rows,
     sees,
@@ -101,7 +102,7 @@ def packed_kernel(
         edge_values = load_edges(edges, num_edges, EDGES)
         # Of the seen pairs: rows of a program may lie ages apart.
         highest = bucket_of(tl.max(tl.max(tl.where(seen, apart, 0), 1), 0), edge_values)
-        lowest = bucket_of(tl.min(tl.min(tl.where(seen, apart, 0x7FFFFFFFFFFFFFF), 1), 0), edge_values)
+        lowest = bucket_of(tl.min(tl.min(tl.where(seen, apart, largest_of(edges)), 1), 0), edge_values)
         lowest = tl.minimum(lowest, highest)
         half = time_half(half, apart, lowest, highest, time_table + head * time_row, edges)
     by = divisor_of(divisor, own, base + token, inside, low, high, low2, high2, DIVISOR)

@@ -107,9 +107,15 @@ def sees(key, low, high, low2, high2, TARGETS: tl.constexpr):
 
 @triton.jit
 def load_edges(edges, num_edges, EDGES: tl.constexpr):
-    """The buckets' edges, int64, in EDGES places; those that are none are beyond every time."""
+    """The buckets' edges, in the times' dtype, in EDGES places; those that are none are beyond every distance."""
     index = tl.arange(0, EDGES)
-    return tl.load(edges + index, mask=index < num_edges, other=0x7FFFFFFFFFFFFFFF)
+    return tl.load(edges + index, mask=index < num_edges, other=largest_of(edges))
+
+
+@triton.jit
+def largest_of(integers):
+    """The largest value of the dtype, int32 or int64, that a pointer points to."""
+    return 0x7FFFFFFF if integers.dtype.element_ty == tl.int32 else 0x7FFFFFFFFFFFFFFF
 
 
 @triton.jit

@@ -1,9 +1,8 @@
 """Which kernels a call launches and with which tile: plain data and look-ups, no triton.
 
 A tile is found by a :class:`Key`: in the user's own file, which a tuner writes, else in the shipped table. Shipped
-tiles were chosen by compiling, not by measuring: shared memory that fits, and no spills, but where no such tile was
-found (float32's backward of 256 columns with a bias). Whoever stands in for a GPU or tries tiles replaces
-:func:`architecture`, or works within :func:`forced`.
+tiles were chosen by compiling, not by measuring: shared memory that fits, and no spills. Whoever stands in for a GPU or
+tries tiles replaces :func:`architecture`, or works within :func:`forced`.
 """
 
 from __future__ import annotations
@@ -20,13 +19,18 @@ from typing import Any
 import torch
 
 ARCHITECTURES = (80, 90)
+BIASES = ("", "narrow", "wide")
 KERNELS = ("forward", "forward_packed", "backward", "backward_query", "backward_packed")
 DIMS = (16, 32, 64, 128, 256)
 LENGTHS = (128, 512, 2048, 1 << 62)
 LARGEST_DIM = DIMS[-1]
 LARGEST_BLOCK = 128
 ATOMIC_FROM = 513
-"""From this length on dQ is added atomically: 10 bytes an element more (zeros, sums, conversion), two products less."""
+"""From this length on dQ may be added atomically: 10 bytes an element more (zeros, sums, conversion), two products
+less."""
+ATOMIC_KEYS = 128
+"""In 16 bits, if the tile has so many keys: a sum of dQ is added for each block of keys, and by the rates assumed of an
+H100 (benchmarks/kernels/predict.py) those of smaller blocks take longer than the two products."""
 FILE_VARIABLE = "GR_HSTU_TILES"
 
 
@@ -56,7 +60,8 @@ class Key:
         kernel: One of ``KERNELS``. "backward" makes dK and dV and, where no "backward_query" follows, adds dQ.
         half: float16 or bfloat16, else float32.
         dim: The larger of d_qk and d_v, padded: one of ``DIMS``.
-        bias: There is a position or a time table.
+        bias: "" for none, "wide" with a table of times of 64 bits, "narrow" with any other table. A distance in time
+            takes a register a pair for each 32 bits. float32 has no narrow times, and its biases are all "wide".
         length: One of ``LENGTHS``: the smallest that holds ``max_seq_len``. 0 in a table: every length.
     """
 
@@ -64,7 +69,7 @@ class Key:
     kernel: str
     half: bool
     dim: int
-    bias: bool
+    bias: str
     length: int = 0
 
 
@@ -74,7 +79,7 @@ def keys_of(
     architecture: int,
     half: bool,
     dim: int,
-    bias: bool,
+    bias: str,
     max_seq_len: int,
     delta: bool = False,
     deterministic: bool = False,
@@ -86,7 +91,7 @@ def keys_of(
         architecture: Compute capability, as :func:`architecture` gives it.
         half: float16 or bfloat16, else float32.
         dim: The larger of d_qk and d_v, at most ``LARGEST_DIM``.
-        bias: There is a position or a time table.
+        bias: One of ``BIASES``.
         max_seq_len: Of the call.
         delta: There are ``kv_offsets``.
         deterministic: The same bits in every run.
@@ -98,21 +103,26 @@ def keys_of(
             kernel=kernel,
             half=half,
             dim=next(d for d in DIMS if d >= dim),
-            bias=bias,
+            bias=bias if half or not bias else "wide",
             length=next(n for n in LENGTHS if n >= max_seq_len),
         )
 
-    packed = key(f"{direction}_packed")
-    form = form_of(max_seq_len, delta, deterministic, choose(packed).block_m)
+    packed, long = key(f"{direction}_packed"), key(direction)
+    form = form_of(max_seq_len, delta, deterministic, half, choose(packed).block_m, choose(long).block_n)
     if form == "packed":
         return (packed,)
     if direction == "forward":
-        return (key("forward"),)
-    return (key("backward"), key("backward_query")) if form == "split" else (key("backward"),)
+        return (long,)
+    return (long, key("backward_query")) if form == "split" else (long,)
 
 
-def form_of(max_seq_len: int, delta: bool, deterministic: bool, packed_block: int) -> str:
+def form_of(max_seq_len: int, delta: bool, deterministic: bool, half: bool, packed_block: int, block_n: int) -> str:
     """How gradients are made.
+
+    Args:
+        max_seq_len, delta, deterministic, half: As of :func:`keys_of`.
+        packed_block: Tokens of a packed kernel's program.
+        block_n: Keys of a tile of the backward kernel.
 
     Returns:
         "packed": one pass, several whole rows to a program, 5 products; the forward pass is packed, too. "split": dQ in
@@ -120,49 +130,60 @@ def form_of(max_seq_len: int, delta: bool, deterministic: bool, packed_block: in
     """
     if not delta and max_seq_len <= packed_block:
         return "packed"
-    return "split" if deterministic or max_seq_len < ATOMIC_FROM else "atomic"
+    added = not deterministic and max_seq_len >= ATOMIC_FROM and (block_n >= ATOMIC_KEYS or not half)
+    return "atomic" if added else "split"
 
 
 _Sizes = tuple[int, int, int, int]
-_FLOATS: dict[tuple[str, bool, bool | None], tuple[_Sizes, ...]] = {
+_FLOATS: dict[tuple[str, bool, str | None], tuple[_Sizes, ...]] = {
     # Float32 products (IEEE) do without tensor cores, and rows of both operands go into registers: wide heads have
     # small tiles and eight warps. Stages of loads go through shared memory, and save registers where there is no bias.
     ("forward", False, None): (*((32, 32, 4, 1),) * 4, (32, 32, 8, 1)),
     ("forward_packed", False, None): (*((32, 32, 4, 1),) * 3, *((16, 16, 4, 1),) * 2),
-    ("backward_query", False, False): (*((32, 32, 4, 1),) * 2, (32, 32, 4, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
-    ("backward_query", False, True): (*((32, 32, 4, 1),) * 3, (16, 16, 8, 1), (16, 32, 4, 1)),
-    ("backward", False, False): (*((32, 32, 4, 1),) * 2, (32, 32, 4, 2), (16, 16, 8, 1), (16, 16, 8, 2)),
-    ("backward", False, True): ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), *((16, 16, 8, 1),) * 2),
+    ("backward_query", False, ""): (*((32, 32, 4, 1),) * 2, (32, 32, 4, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+    ("backward_query", False, "wide"): (*((32, 32, 4, 1),) * 3, (16, 16, 8, 1), (16, 32, 4, 1)),
+    ("backward", False, ""): (*((32, 32, 4, 1),) * 2, (32, 32, 4, 2), (16, 16, 8, 1), (16, 16, 8, 2)),
+    ("backward", False, "wide"): ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     ("backward_packed", False, None): ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1), *((16, 16, 4, 1),) * 2),
 }  # fmt: skip
-_SHIPPED: dict[int, dict[tuple[str, bool, bool | None], tuple[_Sizes, ...]]] = {
+_SHIPPED: dict[int, dict[tuple[str, bool, str | None], tuple[_Sizes, ...]]] = {
     # (kernel, half, bias or either): (block_m, block_n, num_warps, num_stages) for dims 16, 32, 64, 128, 256.
     # The rows of a tile (queries, backward keys) are 16 a warp: with fewer, warps may share rows and both compute the
-    # scores; where that is so all the same, fewer warps spill. Biases take registers for times, two a pair.
+    # scores; where that is so all the same, fewer warps spill. A distance in time takes one register, a wide one two.
     80: {
-        ("forward", True, False): (*((128, 64, 4, 2),) * 3, (128, 64, 8, 2), (32, 32, 4, 1)),
-        ("forward", True, True): (*((64, 32, 4, 2),) * 3, (32, 32, 4, 1), (32, 32, 4, 1)),
-        ("backward_query", True, False): (*((64, 64, 4, 2),) * 3, (64, 32, 4, 2), (32, 32, 4, 1)),
-        ("backward_query", True, True): (*((64, 32, 4, 2),) * 3, (32, 32, 4, 1), (32, 32, 4, 1)),
-        ("backward", True, False): (*((32, 64, 4, 2),) * 3, (64, 64, 8, 2), (32, 16, 4, 1)),
-        ("backward", True, True): (*((16, 32, 2, 1),) * 2, (32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 8, 1)),
-        ("forward_packed", True, False): (*((64, 64, 4, 1),) * 4, (64, 64, 8, 1)),
-        ("forward_packed", True, True): (*((32, 32, 2, 1),) * 2, *((32, 32, 4, 1),) * 2, (64, 64, 8, 1)),
-        ("backward_packed", True, False): (*((64, 64, 4, 1),) * 3, (64, 64, 8, 1), (32, 32, 4, 1)),
-        ("backward_packed", True, True): (*((32, 32, 2, 1),) * 3, (32, 32, 8, 1), (32, 32, 4, 1)),
+        ("forward", True, ""): (*((128, 64, 4, 2),) * 3, (128, 64, 8, 2), (32, 32, 4, 1)),
+        ("forward", True, "narrow"): (*((64, 64, 4, 1),) * 3, *((32, 32, 4, 1),) * 2),
+        ("forward", True, "wide"): (*((64, 32, 4, 2),) * 3, (32, 32, 4, 1), (32, 32, 4, 1)),
+        ("backward_query", True, ""): (*((64, 64, 4, 2),) * 3, (64, 32, 4, 2), (32, 32, 4, 1)),
+        ("backward_query", True, "narrow"): (*((128, 32, 8, 2),) * 3, *((32, 32, 4, 1),) * 2),
+        ("backward_query", True, "wide"): (*((64, 32, 4, 2),) * 3, (32, 32, 4, 1), (32, 32, 4, 1)),
+        ("backward", True, ""): (*((32, 64, 4, 2),) * 3, (64, 64, 8, 2), (32, 16, 4, 1)),
+        ("backward", True, "narrow"): (*((16, 64, 4, 1),) * 3, (32, 32, 8, 1), (32, 16, 8, 1)),
+        ("backward", True, "wide"): (*((16, 32, 2, 1),) * 2, (32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 8, 1)),
+        ("forward_packed", True, ""): (*((64, 64, 4, 1),) * 4, (64, 64, 8, 1)),
+        ("forward_packed", True, "narrow"): ((64, 64, 4, 1), (64, 64, 8, 1), *((64, 64, 4, 1),) * 2, (64, 64, 8, 1)),
+        ("forward_packed", True, "wide"): (*((32, 32, 2, 1),) * 2, *((32, 32, 4, 1),) * 2, (64, 64, 8, 1)),
+        ("backward_packed", True, ""): (*((64, 64, 4, 1),) * 3, (64, 64, 8, 1), (32, 32, 4, 1)),
+        ("backward_packed", True, "narrow"): (*((32, 32, 2, 1),) * 3, (32, 32, 8, 1), (32, 32, 4, 1)),
+        ("backward_packed", True, "wide"): (*((32, 32, 2, 1),) * 3, (32, 32, 8, 1), (32, 32, 4, 1)),
         **_FLOATS,
     },
     90: {
-        ("forward", True, False): (*((128, 128, 8, 2),) * 3, (128, 64, 8, 3), (128, 64, 8, 2)),
-        ("forward", True, True): (*((64, 32, 4, 2),) * 3, (64, 16, 4, 1), (32, 32, 4, 1)),
-        ("backward_query", True, False): (*((128, 64, 8, 2),) * 4, (128, 16, 8, 1)),
-        ("backward_query", True, True): (*((64, 32, 4, 2),) * 3, (64, 16, 4, 1), (32, 32, 4, 1)),
-        ("backward", True, False): (*((64, 128, 8, 2),) * 3, (16, 128, 8, 2), (32, 16, 4, 1)),
-        ("backward", True, True): (*((16, 32, 2, 1),) * 2, (64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
-        ("forward_packed", True, False): (*((128, 128, 8, 1),) * 4, (64, 64, 4, 1)),
-        ("forward_packed", True, True): (*((32, 32, 2, 1),) * 2, *((32, 32, 4, 1),) * 3),
-        ("backward_packed", True, False): (*((128, 128, 8, 1),) * 3, (64, 64, 4, 1), (64, 64, 8, 1)),
-        ("backward_packed", True, True): (*((32, 32, 2, 1),) * 2, *((32, 32, 4, 1),) * 2, (32, 32, 8, 1)),
+        ("forward", True, ""): (*((128, 128, 8, 2),) * 3, (128, 64, 8, 3), (128, 64, 8, 2)),
+        ("forward", True, "narrow"): (*((128, 64, 8, 2),) * 3, (128, 32, 8, 2), (32, 32, 4, 1)),
+        ("forward", True, "wide"): (*((64, 32, 4, 2),) * 3, (64, 16, 4, 1), (32, 32, 4, 1)),
+        ("backward_query", True, ""): (*((128, 64, 8, 2),) * 4, (128, 16, 8, 1)),
+        ("backward_query", True, "narrow"): (*((128, 64, 8, 2),) * 3, (128, 32, 8, 2), (32, 32, 4, 1)),
+        ("backward_query", True, "wide"): (*((64, 32, 4, 2),) * 3, (64, 16, 4, 1), (32, 32, 4, 1)),
+        ("backward", True, ""): (*((64, 128, 8, 2),) * 3, (16, 128, 8, 2), (32, 16, 4, 1)),
+        ("backward", True, "narrow"): (*((16, 64, 4, 1),) * 3, (64, 32, 8, 1), (32, 16, 8, 1)),
+        ("backward", True, "wide"): (*((16, 32, 2, 1),) * 2, (64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        ("forward_packed", True, ""): (*((128, 128, 8, 1),) * 4, (64, 64, 4, 1)),
+        ("forward_packed", True, "narrow"): (*((64, 64, 4, 1),) * 3, (64, 64, 8, 1), (32, 32, 4, 1)),
+        ("forward_packed", True, "wide"): (*((32, 32, 2, 1),) * 2, *((32, 32, 4, 1),) * 3),
+        ("backward_packed", True, ""): (*((128, 128, 8, 1),) * 3, (64, 64, 4, 1), (64, 64, 8, 1)),
+        ("backward_packed", True, "narrow"): (*((64, 64, 8, 1),) * 2, (64, 64, 4, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+        ("backward_packed", True, "wide"): (*((32, 32, 2, 1),) * 2, *((32, 32, 4, 1),) * 2, (32, 32, 8, 1)),
         **_FLOATS,
     },
 }  # fmt: skip
@@ -178,7 +199,7 @@ def shipped() -> dict[Key, Tile]:
         for architecture, table in _SHIPPED.items()
         for (kernel, half, bias), tiles in table.items()
         for dim, tile in zip(DIMS, tiles, strict=True)
-        for each in ((False, True) if bias is None else (bias,))
+        for each in (("", "wide") if bias is None else (bias,))
     }
 
 
@@ -248,7 +269,7 @@ def read(path: Path) -> dict[Key, Tile]:
         raise ValueError(f"{path} must be a list of tiles with their keys: {error}") from error
     for key, tile in table.items():
         sizes = (tile.block_m, tile.block_n)
-        right = key.kernel in KERNELS and all(n in (16, 32, 64, 128) for n in sizes)
+        right = key.kernel in KERNELS and key.bias in BIASES and all(n in (16, 32, 64, 128) for n in sizes)
         right = right and tile.num_warps in (1, 2, 4, 8, 16) and tile.num_stages in range(1, 9)
         if not right or (key.kernel.endswith("_packed") and tile.block_m != tile.block_n):
             raise ValueError(f"{path} must hold blocks of 16, 32, 64 or 128, square if packed, got {tile} for {key}")

@@ -47,8 +47,10 @@ class RelativeBias:
         clamp_positions: Allow a shorter position table; distances beyond it use its end entries (the reference's
             max_pos_ind).
         time_table: ``(num_buckets,)`` shared by the heads, or ``(H, num_buckets)``.
-        key_times: ``(T_kv,)`` int64 seconds; needed with ``time_table``.
-        query_times: ``(T_q,)`` int64 seconds; in the paper's protocol the time of the event to be predicted.
+        key_times: ``(T_kv,)`` int64 seconds; needed with ``time_table``. int32 where all times lie in [0, 2^31 - 1):
+            kernels in 16 bits then have larger tiles, with the same result.
+        query_times: ``(T_q,)`` seconds of the same dtype; in the paper's protocol the time of the event to be
+            predicted.
         bucket_width: Width of a time bucket in units of the natural logarithm (the base is e**width, about
             1.35).
         position_ids: "index" counts tokens; "target_clamped" takes the ids of the mask, where all targets

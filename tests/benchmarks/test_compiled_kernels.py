@@ -116,7 +116,7 @@ def test_launches_compile_for_a_gpu_that_is_not_there_and_spills_are_seen(tmp_pa
 def row(**changed) -> compiled.Row:
     """A right row of a 16-bit forward kernel, but for what is changed."""
     right = dict(
-        architecture=80, kernel="forward", dtype="bfloat16", dim=64, bias=False, composed=False, deterministic=False,
+        architecture=80, kernel="forward", dtype="bfloat16", dim=64, bias="", composed=False, deterministic=False,
         block_m=64, block_n=64, num_warps=4, num_stages=2, registers=200, stack=0, spills=0, shared=1 << 15, hgmma=0,
         hmma=64, scored=1.0, reciprocals=0.0, failure="", source="s", triton="3.7.1",
     )  # fmt: skip
@@ -142,9 +142,9 @@ def row(**changed) -> compiled.Row:
         ({"dtype": "float32", "hmma": 0, "reciprocals": 1.0}, []),
         ({"dtype": "float32", "hmma": 0, "reciprocals": 1.5}, ["1.50 reciprocals"]),
         # By design up to four warps make each score.
-        ({"kernel": "backward", "dim": 256, "bias": True, "scored": 4.0}, []),
+        ({"kernel": "backward", "dim": 256, "bias": "wide", "scored": 4.0}, []),
         (
-            {"kernel": "backward", "dim": 256, "bias": True, "scored": 4.5},
+            {"kernel": "backward", "dim": 256, "bias": "wide", "scored": 4.5},
             ["4.5 tanh or exp a score, by design 1 to 4"],
         ),
     ],
@@ -173,17 +173,17 @@ def test_an_interrupted_table_is_made_to_its_end_without_what_was_made(tmp_path,
     out = tmp_path / "table.md"
     words = ["--arch", "80", "--kernels", "forward", "--dims", "64", "128", "--dtypes", "bfloat16", "--out", str(out)]
     assert compiling.main([*words, "--minutes", "0"]) == 1 and not made  # nothing was reached
-    assert compiling.main(words) == 0 and len(made) == 8
+    assert compiling.main(words) == 0 and len(made) == 12
     rows = out.with_suffix(".jsonl")
-    assert len(compiled.read(rows)) == 8 and out.read_text().count("| right |") == 8
+    assert len(compiled.read(rows)) == 12 and out.read_text().count("| right |") == 12
     rows.write_text(rows.read_text()[:-20])  # the last line was cut off
-    assert compiling.main(words) == 0 and len(made) == 9
+    assert compiling.main(words) == 0 and len(made) == 13
     words[1] = "90"
-    assert compiling.main(words) == 0 and len(made) == 17 and out.read_text().count("| right |") == 16
+    assert compiling.main(words) == 0 and len(made) == 25 and out.read_text().count("| right |") == 24
     monkeypatch.setattr(compiling, "source", lambda: "another")
     monkeypatch.setattr(compiling, "row", lambda variant: counted(variant, stack=8))
-    assert compiling.main(words) == 1 and len(made) == 25 and len(compiled.read(rows)) == 8
-    assert "8 of 8 kernels, 8 of them wrong" in capsys.readouterr().out
+    assert compiling.main(words) == 1 and len(made) == 37 and len(compiled.read(rows)) == 12
+    assert "12 of 12 kernels, 12 of them wrong" in capsys.readouterr().out
 
 
 def test_an_older_triton_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):

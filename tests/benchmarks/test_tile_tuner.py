@@ -13,7 +13,7 @@ from gr.errors import run_cli
 from gr.kernels.hstu_attention import triton_tiles as tiles
 from gr.kernels.hstu_attention.triton_tiles import Key, Tile
 
-KEY = Key(90, "forward", True, 128, False, 1 << 62)
+KEY = Key(90, "forward", True, 128, "", 1 << 62)
 SLOW, FAST, SPILLS = Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 128, 4, 3)
 
 
@@ -81,7 +81,7 @@ def test_the_median_of_alternate_runs_decides_and_the_first_round_does_not_count
 
 
 def test_what_is_found_goes_into_the_users_table_which_the_operator_reads(user_file):
-    other = Key(80, "backward", False, 64, True, 512)
+    other = Key(80, "backward", False, 64, "wide", 512)
     tiles.write({other: FAST}, user_file)
     found = tune.tune(KEY, SLOW, [FAST, SPILLS], {SPILLS: ["spills"]}, made_up({SLOW: 2.0, FAST: 1.0}))
     assert found["tile"] == asdict(FAST) and found["gain"] == 2.0
@@ -90,7 +90,7 @@ def test_what_is_found_goes_into_the_users_table_which_the_operator_reads(user_f
     tune.tune(KEY, FAST, [SLOW], {}, made_up({SLOW: 2.0, FAST: 1.0}))
     assert tiles.read(user_file) == {other: FAST, KEY: FAST}
     # Another architecture and another length keep their own.
-    elsewhere = Key(80, "forward", True, 128, False, 0)
+    elsewhere = Key(80, "forward", True, 128, "", 0)
     assert tiles.choose(replace(elsewhere, length=1 << 62)) == tiles.shipped()[elsewhere]
     shorter = replace(KEY, length=512)
     assert tiles.choose(shorter) == tiles.shipped()[replace(KEY, length=0)] != FAST
@@ -112,11 +112,11 @@ WORDS = ["--directions", "forward", "--dims", "128", "--lengths", "4096"]
 def test_the_command_tunes_key_after_key_and_emits_what_it_found(gpu, user_file, capsys):
     assert run_cli(tune.main, WORDS) == 0
     told = capsys.readouterr().out
-    assert f"into {user_file}" in told and "('forward', True, False) dim 128, length every: (128, 64, 8, 2)" in told
-    assert {key.bias for key in tiles.read(user_file)} == {False, True}
+    assert f"into {user_file}" in told and "('forward', True, '') dim 128, length every: (128, 64, 8, 2)" in told
+    assert {key.bias for key in tiles.read(user_file)} == {"", "narrow"}
     assert run_cli(tune.main, ["--emit"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "90: ('forward', True, False) dim 128, length every: (128, 64, 8, 2)" and len(lines) == 2
+    assert lines[0] == "90: ('forward', True, '') dim 128, length every: (128, 64, 8, 2)" and len(lines) == 2
 
 
 def test_it_stops_at_its_time_and_keeps_nothing_if_it_only_compiles(gpu, user_file, capsys, monkeypatch):
@@ -125,7 +125,7 @@ def test_it_stops_at_its_time_and_keeps_nothing_if_it_only_compiles(gpu, user_fi
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run_cli(tune.main, [*WORDS, "--compile-only", "--thorough", "--architecture", "80"]) == 0
     told = capsys.readouterr().out
-    assert "80: ('forward', True, False) dim 128, length every: (128, 128, 4, 3): spills" in told
+    assert "80: ('forward', True, '') dim 128, length every: (128, 128, 4, 3): spills" in told
     assert ": (128, 64, 8, 2): right" in told and not user_file.exists()
     assert run_cli(tune.main, WORDS) == 2
     assert "torch sees none; without one: --compile-only" in capsys.readouterr().err

@@ -49,8 +49,10 @@ def check(batch: JaggedBatch, rows: list[list[dict[str, int]]], users: list[int]
     assert batch.rows["sample_key"].tolist() == users
     columns = {**batch.tokens, **batch.index}
     assert set(columns) == set(flat[0]) - {"next"} | {"token_type"}
+    times = ("timestamp", "query_time")
+    narrow = all(0 <= token[name] < 2**31 - 1 for token in flat for name in times)
     for name, values in columns.items():
-        assert values.dtype == torch.int64
+        assert values.dtype == (torch.int32 if narrow and name in times else torch.int64)
         assert values.tolist() == [token[name] for token in flat], name
 
 
@@ -115,6 +117,20 @@ def test_a_history_from_outside_equals_the_one_from_the_store(
         torch.testing.assert_close(batch.tokens[name], values)
     for name in ("item_index", "token_type", "segment"):
         torch.testing.assert_close(batch.index[name], wanted.index[name])
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "dtype"),
+    [(0, 2**31 - 2, torch.int32), (0, 2**31 - 1, torch.int64), (-1, 5, torch.int64), (-(2**40), 2**40, torch.int64)],
+)
+def test_times_have_32_bits_where_no_distance_of_two_needs_more(first, last, dtype) -> None:
+    store = memory_store([np.arange(5)], [np.array([first, 1, 2, last, last])])
+    batch = training_batch(store, make_split(LeaveOneOutConfig(), store), LayoutConfig(), np.array([0]))
+    history = history_batch([np.arange(2)], [np.array([first, 2])], None, last, LayoutConfig())
+    for each, query in ((batch, [1, 2]), (history, [2, last])):
+        assert each.tokens["timestamp"].dtype == each.tokens["query_time"].dtype
+        assert each.tokens["timestamp"].tolist()[0] == first and each.tokens["query_time"].tolist() == query
+    assert history.tokens["timestamp"].dtype == dtype
 
 
 def test_a_log_without_times_gives_no_time_columns() -> None:

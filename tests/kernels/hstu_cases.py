@@ -34,7 +34,7 @@ OPTIONS: dict[str, tuple] = {
     "form": ("full", "delta"),
     "dims": ((2, 2), (3, 2), (1, 3)),  # d_qk, d_v
     "heads": (1, 2),
-    "integers": (torch.int64, torch.int32),  # of offsets and counts
+    "integers": (torch.int64, torch.int32),  # of offsets, counts and times
 }
 
 
@@ -116,12 +116,14 @@ class Case:
             position = leaf(*rows[self.position[0]], entries, dtype=table_dtype)
         if self.time:
             time = leaf(*rows[self.time], 12, dtype=table_dtype)
-            seconds = [[draw.randrange(-100, 100) for _ in range(n)] for n in lengths]
+            # From an origin of its own; no time of 32 bits is negative.
+            first = 0 if self.integers == torch.int32 else -100
+            seconds = [[first + draw.randrange(200) for _ in range(n)] for n in lengths]
             if self.times == "rising":
                 seconds = [sorted(row) for row in seconds]
             newest = [row[len(row) - new :] for row, new in zip(seconds, fresh, strict=True)]
-            key_times = tensor(list(itertools.chain(*seconds)))
-            query_times = tensor([s + 3 for s in itertools.chain(*newest)])
+            key_times = tensor(list(itertools.chain(*seconds)), self.integers)
+            query_times = tensor([s + 3 for s in itertools.chain(*newest)], self.integers)
         by_query = tensor([draw.uniform(1, 9) for _ in range(num_queries)], torch.float32)
         divisor = {
             "number": 7.0,

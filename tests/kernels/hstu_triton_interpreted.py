@@ -46,8 +46,10 @@ def test_it_is_so_with_the_shipped_tiles_and_several_of_them_a_row(case):
 
 @FORMS
 @pytest.mark.parametrize("dims", [(256, 256), (16, 256), (256, 17)], ids=str)
-def test_it_is_so_with_the_widest_heads(dims, form):
-    check(Choice(replace(CASES[1], dims=dims, form="full"), torch.bfloat16, 20, 1, (16, 32), form, False))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_it_is_so_with_the_widest_heads_and_both_biases(dtype, dims, form):
+    case = replace(CASES[1], dims=dims, form="full", position=("shared", "index"), time="per_head")
+    check(Choice(case, dtype, 20, 1, (16, 16), form, False))
 
 
 @FORMS
@@ -164,6 +166,22 @@ def test_times_may_lie_an_age_apart(form):
         expected = run(arguments | {"bias": far}, backend="reference")
         torch.testing.assert_close(got[0], expected[0])
         torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-6)
+
+
+@FORMS
+def test_narrow_times_may_lie_as_far_apart_as_they_can(form):
+    """The same bits as of wide times, up to the longest distance that 32 bits are asked to hold."""
+    arguments = plain(dtype=torch.float16)
+    table = torch.randn(129, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    key_times, query_times = torch.randint(2**31 - 1, (2, 19), generator=torch.Generator().manual_seed(0)).sort().values
+    key_times[4], query_times[10] = 0, 2**31 - 2  # first and last token of a row
+    found = []
+    for dtype in (torch.int32, torch.int64):
+        times = {"key_times": key_times.to(dtype), "query_times": query_times.to(dtype)}
+        with blocks(16, 16, form=form):
+            found.append(run(arguments | {"bias": RelativeBias(time_table=table, **times)}, backend="triton"))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[1][1])
 
 
 def test_strided_arguments_give_what_dense_ones_do():

@@ -184,6 +184,8 @@ DEEP = [
     ("bias.time_table", time(time_table=torch.tensor([0.0, 1.0, INF]))),
     ("bias.query_times", time(query_times=TIMES + 2**53)),
     ("bias.query_times", time(key_times=TIMES - 2**62, query_times=TIMES + 2**62)),
+    ("bias.query_times", time(key_times=TIMES.int(), query_times=TIMES.int() - 100)),
+    ("bias.key_times", time(key_times=TIMES.int() + (2**31 - 5), query_times=TIMES.int())),
 ]
 
 

@@ -53,14 +53,14 @@ CHECK = """
 from benchmarks.kernels.compile import check
 from gr.kernels.hstu_attention.triton_tiles import Key, Tile, choose
 for architecture, kernel, dim, bias in (
-    (90, "forward", 128, False),
-    (80, "forward", 64, True),
-    (90, "backward", 64, False),
-    (80, "backward_packed", 64, False),
+    (90, "forward", 128, ""),
+    (80, "forward", 64, "narrow"),
+    (90, "backward", 64, ""),
+    (80, "backward_packed", 64, ""),
 ):
     key = Key(architecture, kernel, True, dim, bias)
     print(check(key, choose(key)))
-print(check(Key(90, "backward", True, 128, False), Tile(128, 128, 4, 1)))
+print(check(Key(90, "backward", True, 128, ""), Tile(128, 128, 4, 1)))
 """
 
 
@@ -100,7 +100,7 @@ def test_a_users_tiles_are_looked_at_first_and_kept(tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
     monkeypatch.setenv(triton_tiles.FILE_VARIABLE, str(path))
     triton_tiles._user_table.cache_clear()
-    call = {"architecture": 90, "half": True, "dim": 50, "bias": False, "max_seq_len": 4000}
+    call = {"architecture": 90, "half": True, "dim": 50, "bias": "", "max_seq_len": 4000}
     (key,) = triton_tiles.keys_of("forward", **call)
     assert triton_tiles.choose(key) == triton_tiles.shipped()[replace(key, length=0)]
     other = replace(key, kernel="backward")
@@ -116,13 +116,24 @@ def test_a_users_tiles_are_looked_at_first_and_kept(tmp_path, monkeypatch):
 
 def test_a_call_launches_what_its_length_and_form_ask_for():
     def kernels(direction: str, max_seq_len: int, **more: bool) -> list[str]:
-        call = {"architecture": 86, "half": True, "dim": 64, "bias": False, "max_seq_len": max_seq_len}
-        found = triton_tiles.keys_of(direction, **call, **more)
-        assert all(key.architecture == 80 for key in found)
+        call = {"architecture": 100, "half": True, "dim": 64, "bias": "", "max_seq_len": max_seq_len} | more
+        found = triton_tiles.keys_of(direction, **call)
+        assert all(key.architecture == 90 for key in found)
         return [key.kernel for key in found]
 
     assert kernels("forward", 16) == ["forward_packed"] and kernels("backward", 16) == ["backward_packed"]
     assert kernels("forward", 16, delta=True) == ["forward"]
     assert kernels("backward", 16, delta=True) == kernels("backward", 512) == ["backward", "backward_query"]
-    assert kernels("backward", 4096) == ["backward"]
+    assert kernels("backward", 4096) == kernels("backward", 4096, half=False) == ["backward"]
     assert kernels("backward", 4096, deterministic=True) == ["backward", "backward_query"]
+    # Small blocks of keys would add dQ too often.
+    assert kernels("backward", 4096, bias="wide") == ["backward", "backward_query"]
+
+
+def test_times_of_32_bits_have_tiles_of_their_own_in_16_bits_alone():
+    def bias(given: str, half: bool) -> str:
+        call = {"architecture": 90, "half": half, "dim": 64, "bias": given, "max_seq_len": 4096}
+        return triton_tiles.keys_of("forward", **call)[0].bias
+
+    assert [bias(each, True) for each in triton_tiles.BIASES] == ["", "narrow", "wide"]
+    assert [bias(each, False) for each in triton_tiles.BIASES] == ["", "wide", "wide"]
