@@ -214,11 +214,11 @@ def test_attention_counts_of_a_batch_done_by_hand():
     case = AttentionCase(name="x", family="x", device="cpu", time=True, **sizes)
     cost = hstu_attention.cost(hstu_attention.make(case, "cpu", torch.bfloat16, 0))
     # Two sequences of 3: 6 causal pairs each. q and k are 6 x 2 x 3 numbers, v and out 6 x 2 x 5; 5 + 129 table
-    # entries; two times of 8 bytes a token.
+    # entries; two times of 4 bytes a token.
     assert (cost.tokens, cost.pairs) == (6, 12)
     assert cost.flops == {"fwd": 2 * 2 * (3 + 5) * 12, "bwd": 5 * 2 * (3 + 5) * 12}
-    forward = 2 * (36 + 36 + 60 + 60 + 134) + 96
-    backward = 2 * (36 + 36 + 60 + 60 + 36 + 36 + 60 + 134 + 134) + 96
+    forward = 2 * (36 + 36 + 60 + 60 + 134) + 48
+    backward = 2 * (36 + 36 + 60 + 60 + 36 + 36 + 60 + 134 + 134) + 48
     assert cost.bytes == {"fwd": forward, "bwd": backward}
 
 

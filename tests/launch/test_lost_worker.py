@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ CONFIG = {
     "evaluation": {"baselines": []},
     "device": "cpu",
 }
-KILL_AT = 6  # of seven steps an epoch: the last checkpoint is two steps old
+KILL_AT = 6  # of seven steps an epoch: the last checkpoint is two steps old, or four if its writer was not done
 
 
 def launch(folder: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -64,7 +65,8 @@ def test_a_killed_worker_leaves_no_trace(undisturbed, tmp_path, options) -> None
     argv = (options[0], "--nproc", "2", "--max-restarts", "2", *options[1:])
     done = launch(folder, *argv, KILL_MARK=str(mark), KILL_AT=str(KILL_AT))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert mark.exists() and "resuming from step 4" in done.stdout + done.stderr, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert mark.exists() and re.search(r"resuming from step [24]\b", said), said
     found, expected = (torch.load(f / "runs" / "tiny" / "best.pt")["model"] for f in (folder, undisturbed))
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     metrics = [json.loads((f / "runs" / "tiny" / "results.json").read_text())["metrics"] for f in (folder, undisturbed)]

@@ -108,7 +108,8 @@ def test_more_processes_than_a_batch_has_users_are_refused_and_a_run_is_left_as_
     stopped_run(tmp_path, "tiny", TINY["model"])
     before = contents(tmp_path / "runs")
     status, said = launch(tmp_path, *TWO)
-    assert status == 2 and said.count("batch_size is 1") == 2, said  # one of each process, and no restart repeats it
+    # One of each process, unless the first to leave had the other ended before it spoke; no restart repeats it.
+    assert status == 2 and said.count("batch_size is 1") in (1, 2), said
     assert contents(tmp_path / "runs") == before
 
 
