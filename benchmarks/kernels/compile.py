@@ -59,7 +59,8 @@ REQUIRED = (
     "the special-function unit as designed; of 16-bit kernels also tensor-core instructions. float32 kernels multiply "
     'in float32 (`torch.get_float32_matmul_precision()` "highest", the default), which tensor cores do not; with TF32 '
     'products ("high") they are not compiled. Biases are a position and a time table: times of 64 bits are "wide", of '
-    '32 bits "narrow".'
+    '32 bits "narrow". Rows that are "short" take the backward kernel without dQ where long ones would add it; '
+    "integer sums go without dQ in any row, too."
 )
 SOURCES = ("triton_kernels.py", "triton_packed.py", "triton_scores.py")
 
@@ -81,9 +82,9 @@ class Variant:
 def variants(architecture: int) -> list[Variant]:
     """Every shipped tile in the forms that matter.
 
-    Without dQ both masks are needed: on sm_80 a tile spilled in the causal form alone, for ptxas had taken half of the
-    registers. Integer sums are compiled composed only, and without a bias there are none: then the deterministic form
-    is the short one.
+    Without dQ both masks are needed: where ptxas keeps to half of the registers, a tile may spill in the causal form
+    alone (one did, on sm_80). Integer sums are compiled composed only; without a bias there are none, and the
+    deterministic form is the short one.
     """
     found = []
     for key, tile in triton_tiles.shipped().items():
