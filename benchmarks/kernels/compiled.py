@@ -26,7 +26,8 @@ AGAIN: dict[tuple[int, str, bool, int, str], float] = {
     **{(90, "backward_packed", True, dim, "narrow"): 2.0 for dim in (16, 32, 128, 256)},
     (90, "backward_packed", True, 256, ""): 2.0,
     (90, "backward_packed", True, 256, "wide"): 2.0,
-    # With 8 warps, or larger tiles, the form without dQ spills: ptxas keeps to half of the registers.
+    # Some thirty tiles for each, with 2 to 16 warps, that make a score once spill in some form, with dQ or without it
+    # (often 8 to 24 bytes, where ptxas keeps to half of the registers), or take too much shared memory.
     (80, "backward", False, 128, "wide"): 2.0,
     (80, "backward", False, 256, ""): 2.0,
     # ptxas makes some of them again rather than keep all of a tile in registers.
