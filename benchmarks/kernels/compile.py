@@ -60,7 +60,7 @@ REQUIRED = (
     'in float32 (`torch.get_float32_matmul_precision()` "highest", the default), which tensor cores do not; with TF32 '
     'products ("high") they are not compiled. Biases are a position and a time table: times of 64 bits are "wide", of '
     '32 bits "narrow". Rows that are "short" take the backward kernel without dQ where long ones would add it; '
-    "integer sums go without dQ in any row, too."
+    "with integer sums it goes without in any row."
 )
 SOURCES = ("triton_kernels.py", "triton_packed.py", "triton_scores.py")
 
