@@ -5,7 +5,8 @@
 
 For each tile of ``triton_tiles.shipped()`` the backend's own launcher is called with a stand-in driver, and triton
 compiles what it would launch: in bfloat16 causal and with a composed mask, targets' ids for positions, float64 or
-(deterministic) integer sums of the tables; in float16 at one width, causal; in float32 causal and composed. A row holds
+(deterministic) integer sums of the tables; in float16 at one width, causal; in float32 the same as in bfloat16. Where
+long rows add dQ the backward kernel is compiled without it, too, as short rows launch it. A row holds
 
 - registers, stack, spills (LDL and STL), shared memory beside what the architecture has;
 - tensor-core instructions (HGMMA of a warp group on sm_90, HMMA of a warp), which every 16-bit kernel must have;
@@ -58,7 +59,8 @@ REQUIRED = (
     "the special-function unit as designed; of 16-bit kernels also tensor-core instructions. float32 kernels multiply "
     'in float32 (`torch.get_float32_matmul_precision()` "highest", the default), which tensor cores do not; with TF32 '
     'products ("high") they are not compiled. Biases are a position and a time table: times of 64 bits are "wide", of '
-    '32 bits "narrow".'
+    '32 bits "narrow". Rows that are "short" take the backward kernel without dQ where long ones would add it; '
+    "with integer sums it goes without in any row."
 )
 SOURCES = ("triton_kernels.py", "triton_packed.py", "triton_scores.py")
 
@@ -66,26 +68,37 @@ SOURCES = ("triton_kernels.py", "triton_packed.py", "triton_scores.py")
 @dataclass(frozen=True)
 class Variant:
     """A key and what it leaves open. ``composed``: window, contextual tokens and targets at once, with a divisor a
-    query and the targets' ids; else causal, with a number.
+    query and the targets' ids; else causal, with a number. ``short``: the backward kernel without dQ of a key whose
+    long rows add dQ; the deterministic form goes without it anyway.
     """
 
     key: Key
     dtype: str
     composed: bool = False
     deterministic: bool = False
+    short: bool = False
 
 
 def variants(architecture: int) -> list[Variant]:
-    """Every shipped tile in the forms that matter."""
+    """Every shipped tile in the forms that matter.
+
+    Without dQ both masks are needed: where ptxas keeps to half of the registers, a tile may spill in the causal form
+    alone (one did, on sm_80). Integer sums are compiled composed only; without a bias there are none, and the
+    deterministic form is the short one.
+    """
     found = []
-    for key in triton_tiles.shipped():
+    for key, tile in triton_tiles.shipped().items():
         if key.architecture != architecture:
             continue
-        found += [Variant(key, "bfloat16" if key.half else "float32", composed) for composed in (False, True)]
+        dtype = "bfloat16" if key.half else "float32"
+        found += [Variant(key, dtype, composed) for composed in (False, True)]
         if key.half and key.dim == 64:
             found.append(Variant(key, "float16"))
-        if key.half and key.bias and key.kernel in ("backward", "backward_packed"):
-            found.append(Variant(key, "bfloat16", True, True))
+        if key.bias and key.kernel in ("backward", "backward_packed"):
+            found.append(Variant(key, dtype, True, True))
+        form = triton_tiles.form_of(LONGEST, False, False, key.half, 0, tile.block_n)
+        if key.kernel == "backward" and form == "atomic":
+            found += [Variant(key, dtype, composed, short=True) for composed in (False, True)]
     return found
 
 
@@ -145,7 +158,7 @@ def _row(variant: Variant, tile: Tile, **counted: Any) -> Row:
     nothing = dict.fromkeys(("registers", "stack", "spills", "shared", "hgmma", "hmma"), 0)
     return Row(
         architecture=key.architecture, kernel=key.kernel, dtype=variant.dtype, dim=key.dim, bias=key.bias,
-        composed=variant.composed, deterministic=variant.deterministic, **asdict(tile),
+        composed=variant.composed, deterministic=variant.deterministic, short=variant.short, **asdict(tile),
         **nothing | {"scored": None, "reciprocals": None, "failure": ""} | counted,
         source=source(), triton=triton.__version__,
     )  # fmt: skip
@@ -156,7 +169,7 @@ def launch(variant: Variant) -> None:
     from gr.kernels.hstu_attention import triton_launch
 
     key = variant.key
-    longest = min(key.length or LONGEST, LONGEST)
+    longest = triton_tiles.ATOMIC_FROM - 1 if variant.short else min(key.length or LONGEST, LONGEST)
     if key.kernel.endswith("_packed"):
         longest = min(longest, triton_tiles.choose(key).block_m)
     lengths = [min(n, longest) for n in LENGTHS]

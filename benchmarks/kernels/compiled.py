@@ -26,6 +26,10 @@ AGAIN: dict[tuple[int, str, bool, int, str], float] = {
     **{(90, "backward_packed", True, dim, "narrow"): 2.0 for dim in (16, 32, 128, 256)},
     (90, "backward_packed", True, 256, ""): 2.0,
     (90, "backward_packed", True, 256, "wide"): 2.0,
+    # Some thirty tiles for each, with 2 to 16 warps, that make a score once spill in some form, with dQ or without it
+    # (often 8 to 24 bytes, where ptxas keeps to half of the registers), or take too much shared memory.
+    (80, "backward", False, 128, "wide"): 2.0,
+    (80, "backward", False, 256, ""): 2.0,
     # ptxas makes some of them again rather than keep all of a tile in registers.
     **{(sm, "backward_packed", True, dim, ""): 1.5 for sm in (80, 90) for dim in (16, 32, 64)},
     (80, "backward_packed", True, 64, "narrow"): 1.5,
@@ -39,7 +43,7 @@ class Row:
     """One kernel as compiled.
 
     Attributes:
-        composed, deterministic: As of a variant (compile.py).
+        composed, deterministic, short: As of a variant (compile.py).
         scored: tanh or, in float32, exp instructions a score; None where no loop was found.
         reciprocals: The others of the special-function unit, a score; None likewise.
         failure: The compiler's words if it refused, else "".
@@ -69,6 +73,7 @@ class Row:
     failure: str
     source: str
     triton: str
+    short: bool = False
 
     @property
     def half(self) -> bool:
@@ -78,8 +83,9 @@ class Row:
     @property
     def what(self) -> tuple:
         """All that decides what is compiled."""
-        variant = (self.architecture, self.kernel, self.dtype, self.dim, self.bias, self.composed, self.deterministic)
-        return (*variant, self.block_m, self.block_n, self.num_warps, self.num_stages, self.source, self.triton)
+        key = (self.architecture, self.kernel, self.dtype, self.dim, self.bias)
+        tile = (self.block_m, self.block_n, self.num_warps, self.num_stages)
+        return (*key, self.composed, self.deterministic, self.short, *tile, self.source, self.triton)
 
 
 def designed(row: Row) -> tuple[float, float]:
@@ -147,7 +153,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 def table(found: Sequence[Row]) -> str:
     """Markdown."""
     columns = (
-        "sm", "kernel", "dtype", "dim", "bias", "mask", "sums", "tile", "warps", "stages", "registers", "stack",
+        "sm", "kernel", "dtype", "dim", "bias", "mask", "sums", "rows", "tile", "warps", "stages", "registers", "stack",
         "LDL+STL", "shared KiB", "HGMMA", "HMMA", "tanh, exp a score", "by design", "reciprocals a score", "at most",
         "verdict",
     )  # fmt: skip
@@ -157,6 +163,7 @@ def table(found: Sequence[Row]) -> str:
         cells = (
             each.architecture, each.kernel, each.dtype, each.dim, each.bias,
             "composed" if each.composed else "causal", "integers" if each.deterministic else "",
+            "short" if each.short else "",
             f"{each.block_m}x{each.block_n}", each.num_warps, each.num_stages, each.registers, each.stack, each.spills,
             f"{each.shared / 1024:.0f}", each.hgmma, each.hmma, _number(each.scored),
             "1" if times == 1 else f"1 to {times:g}", _number(each.reciprocals), _number(most),

@@ -137,13 +137,11 @@ def form_of(max_seq_len: int, delta: bool, deterministic: bool, half: bool, pack
 _Sizes = tuple[int, int, int, int]
 _FLOATS: dict[tuple[str, bool, str | None], tuple[_Sizes, ...]] = {
     # Float32 products (IEEE) do without tensor cores, and rows of both operands go into registers: wide heads have
-    # small tiles and eight warps. Stages of loads go through shared memory, and save registers where there is no bias.
+    # small tiles, 8 or 16 warps. Stages of loads go through shared memory, and save registers where there is no bias.
     ("forward", False, None): (*((32, 32, 4, 1),) * 4, (32, 32, 8, 1)),
     ("forward_packed", False, None): (*((32, 32, 4, 1),) * 3, *((16, 16, 4, 1),) * 2),
     ("backward_query", False, ""): (*((32, 32, 4, 1),) * 2, (32, 32, 4, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
     ("backward_query", False, "wide"): (*((32, 32, 4, 1),) * 3, (16, 16, 8, 1), (16, 32, 4, 1)),
-    ("backward", False, ""): (*((32, 32, 4, 1),) * 2, (32, 32, 4, 2), (16, 16, 8, 1), (16, 16, 8, 2)),
-    ("backward", False, "wide"): ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     ("backward_packed", False, None): ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1), *((16, 16, 4, 1),) * 2),
 }  # fmt: skip
 _SHIPPED: dict[int, dict[tuple[str, bool, str | None], tuple[_Sizes, ...]]] = {
@@ -166,6 +164,8 @@ _SHIPPED: dict[int, dict[tuple[str, bool, str | None], tuple[_Sizes, ...]]] = {
         ("backward_packed", True, ""): (*((64, 64, 4, 1),) * 3, (64, 64, 8, 1), (32, 32, 4, 1)),
         ("backward_packed", True, "narrow"): (*((32, 32, 2, 1),) * 3, (32, 32, 8, 1), (32, 32, 4, 1)),
         ("backward_packed", True, "wide"): (*((32, 32, 2, 1),) * 3, (32, 32, 8, 1), (32, 32, 4, 1)),
+        ("backward", False, ""): (*((32, 32, 4, 1),) * 2, (32, 32, 4, 2), (16, 16, 8, 1), (16, 16, 16, 2)),
+        ("backward", False, "wide"): ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 16, 1), (16, 16, 8, 1)),
         **_FLOATS,
     },
     90: {
@@ -184,6 +184,8 @@ _SHIPPED: dict[int, dict[tuple[str, bool, str | None], tuple[_Sizes, ...]]] = {
         ("backward_packed", True, ""): (*((128, 128, 8, 1),) * 3, (64, 64, 4, 1), (64, 64, 8, 1)),
         ("backward_packed", True, "narrow"): (*((64, 64, 8, 1),) * 2, (64, 64, 4, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
         ("backward_packed", True, "wide"): (*((32, 32, 2, 1),) * 2, *((32, 32, 4, 1),) * 2, (32, 32, 8, 1)),
+        ("backward", False, ""): (*((32, 32, 4, 1),) * 2, (32, 32, 4, 2), (16, 16, 8, 1), (16, 16, 8, 3)),
+        ("backward", False, "wide"): ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (32, 16, 16, 1), (16, 16, 8, 1)),
         **_FLOATS,
     },
 }  # fmt: skip

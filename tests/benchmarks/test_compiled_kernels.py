@@ -159,6 +159,21 @@ def test_tiles_whose_scores_are_made_more_than_once_are_shipped_ones():
     assert set(compiled.AGAIN) <= shipped
 
 
+@pytest.mark.parametrize("architecture", compiling.ARCHITECTURES)
+def test_the_backward_kernel_is_compiled_with_and_without_dq_wherever_both_are_launched(architecture):
+    found, tiles = compiling.variants(architecture), compiling.triton_tiles
+    for key in (key for key in tiles.shipped() if key.kernel == "backward" and key.architecture == architecture):
+        call = {"architecture": architecture, "half": key.half, "dim": key.dim, "bias": key.bias}
+        long, short = (tiles.keys_of("backward", max_seq_len=n, **call) for n in (compiling.LONGEST, 512))
+        assert len(short) == 2
+        dtype, both = "bfloat16" if key.half else "float32", len(long) == 1
+        wanted = {(False, False, False), (True, False, False)}
+        wanted |= {(False, False, True), (True, False, True)} if both else set()
+        wanted |= {(True, True, False)} if key.bias else set()
+        own = [(v.composed, v.deterministic, v.short) for v in found if v.key == key and v.dtype == dtype]
+        assert set(own) == wanted and len(own) == len(wanted)
+
+
 def test_an_interrupted_table_is_made_to_its_end_without_what_was_made(tmp_path, monkeypatch, capsys):
     pytest.importorskip("triton", reason="needs triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
