@@ -30,7 +30,7 @@ from gr.train import load_config
 
 FREE = 0.15
 """Share of the memory that is left for activations and libraries, as torchrec's planner leaves."""
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FP32, _ID = 4, 8
 
 
@@ -210,7 +210,10 @@ def check_fits(config: Any, specs: tuple[TableSpec, ...], dense: int, world: int
         return
     advice = "set distributed.tables.kind to sharded"
     if tables.kind == "sharded":
-        advice = "no number of ranks up to 65536 would do; use smaller tables or distributed.tables.rows fp16"
+        halved = tables.rows == "fp16"
+        advice = "no number of ranks up to 65536 would do; use smaller tables" + (
+            "" if halved else " or distributed.tables.rows fp16"
+        )
         more = 2 * world
         while more <= 65_536:
             try:
@@ -218,7 +221,7 @@ def check_fits(config: Any, specs: tuple[TableSpec, ...], dense: int, world: int
             except UserError:
                 enough = False
             if enough:
-                advice = f"{more} ranks would do, or distributed.tables.rows fp16"
+                advice = f"{more} ranks would do" + ("" if halved else ", or fewer with distributed.tables.rows fp16")
                 break
             more *= 2
     raise UserError(

@@ -196,6 +196,9 @@ def _compare(args: argparse.Namespace) -> int:
 
     table = Path(args.runs)
     names = (args.first, args.second)
+    if args.first == args.second:
+        raise UserError(f"{args.first} and {args.second} are one model; name two of the table's")
+    compare(*(fit_table(table, name, 0)[1] for name in names))  # what it refuses, it refuses before the bootstrap
     print(f"fitting {args.first} and {args.second}, {args.bootstrap} bootstrap samples each",
           file=sys.stderr, flush=True)  # fmt: skip
     fits = [fit_table(table, name, args.bootstrap)[1] for name in names]

@@ -92,9 +92,10 @@ def read_runs(path: Path, variant: str | None = None) -> tuple[list[dict[str, An
     if missing:
         raise UserError(f"{path} has no column {missing[0]!r}; a table of runs needs {', '.join(COLUMNS)}")
     if variant is not None:
+        known = sorted({row.get("variant") or "" for row in rows} - {""})
         rows = [row for row in rows if row.get("variant") == variant]
         if not rows:
-            raise UserError(f"{path} has no run of variant {variant!r}")
+            raise UserError(f"{path} has no run of variant {variant!r}; it has {', '.join(known) or 'none'}")
     ids = [row["run_id"] for row in rows]
     twice = next((name for i, name in enumerate(ids) if name in ids[:i]), None)
     if twice is not None:

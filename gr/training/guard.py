@@ -159,10 +159,17 @@ def load_evidence(path: str | Path) -> Evidence:
     """
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder; name a rank-N.pt in it, of a run's diverged/step-N")
-    raw = load_torch(Path(path))
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist; name a rank-N.pt of a run's diverged/step-N")
+    try:
+        raw = load_torch(Path(path))
+    except UserError:  # which speaks of checkpoints
+        raw = None
     names = {f.name for f in dataclasses.fields(Evidence)}
     if not isinstance(raw, dict) or set(raw) != names:
-        raise UserError(f"{path} holds no batch of a step that diverged; name a rank-N.pt of a run's diverged folder")
+        raise UserError(
+            f"{path} is damaged or holds no batch of a step that diverged; name a rank-N.pt of a run's diverged/step-N"
+        )
     batches = tuple(_batch(batch) for batch in raw["batches"])
     return Evidence(**{**raw, "batches": batches, "context": StepContext(**raw["context"])})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,9 @@ def test_1500_billion_numbers_on_256_devices_of_80_gb_are_planned_and_on_64_refu
     assert run_cli(main, [*large, "--world-size", "64"]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.startswith("error: the fullest of 64 ranks holds") and told.err.count("\n") == 1
-    assert "128 ranks would do" in told.err
+    assert told.err.endswith("; 128 ranks would do, or fewer with distributed.tables.rows fp16\n")
+    assert run_cli(main, [*large, "--world-size", "16", "--distributed.tables.rows", "fp16"]) == 2
+    assert re.search(r"; \d+ ranks would do\n$", capsys.readouterr().err)
 
 
 def test_a_table_that_is_not_divided_as_asked_says_why(config, capsys) -> None:
@@ -104,6 +107,7 @@ def test_a_table_that_is_not_divided_as_asked_says_why(config, capsys) -> None:
     [
         (["--world-size", "0"], "invalid number value: '0'"),
         (["--world-size", "8", "--memory", "much"], "--memory much: must be a size"),
+        (["--world-size", "8", "--memory", "80"], "--memory 80: must be a size such as 80GB"),
         (["--world-size", "8", "--local-world-size", "3"], "--local-world-size 3: must divide"),
         (["--world-size", "65"], "batch_size is 64; it must be at least the number of ranks, 65"),
         (["--world-size", "3", *SHARDED, "--distributed.tables.optimizer.kind", "adagrad",

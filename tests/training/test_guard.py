@@ -169,7 +169,13 @@ def test_a_full_disk_does_not_hide_that_training_diverged(tmp_path, monkeypatch)
 
 def test_other_files_and_folders_are_no_evidence(tmp_path):
     torch.save({"model": {}}, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=r"weights.pt holds no batch of a step that diverged; name a rank-N.pt"):
-        load_evidence(tmp_path / "weights.pt")
+    (tmp_path / "words.pt").write_text("not a checkpoint")
+    for name in ("weights.pt", "words.pt"):
+        with pytest.raises(
+            UserError, match=f"{name} is damaged or holds no batch of a step that diverged; name a rank"
+        ):
+            load_evidence(tmp_path / name)
+    with pytest.raises(UserError, match=r"none.pt does not exist; name a rank-N.pt of a run's diverged/step-N$"):
+        load_evidence(tmp_path / "none.pt")
     with pytest.raises(UserError, match=r"is a folder; name a rank-N.pt in it, of a run's diverged/step-N$"):
         load_evidence(tmp_path)
