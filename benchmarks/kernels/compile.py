@@ -24,11 +24,9 @@ who changes that removes the rows.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import time
-from argparse import RawDescriptionHelpFormatter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -38,10 +36,12 @@ from unittest import mock
 
 import torch
 
+from benchmarks.command import check_folder, parser_of
 from benchmarks.kernels import compiled, sass
 from benchmarks.kernels.aot import Compiled, recording
 from benchmarks.kernels.compiled import Row
-from gr.errors import Parser, UserError, run_cli
+from benchmarks.written import append_row
+from gr.errors import UserError, run_cli
 from gr.kernels.hstu_attention import triton_tiles
 from gr.kernels.hstu_attention.triton_tiles import ARCHITECTURES, Key, Tile
 from gr.kernels.hstu_attention.types import Arguments, Mask, RelativeBias
@@ -201,12 +201,7 @@ def launch(variant: Variant) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="python -m benchmarks.kernels.compile",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("benchmarks.kernels.compile", __doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--kernels", nargs="+", choices=FUNCTIONS, default=list(FUNCTIONS))
     parser.add_argument("--dims", type=int, nargs="+", choices=triton_tiles.DIMS, default=list(triton_tiles.DIMS))
@@ -217,8 +212,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UserError("TRITON_INTERPRET is set; unset it, for an interpreted kernel cannot be compiled")
-    if options.out and not options.out.resolve().parent.is_dir():
-        raise UserError(f"--out: there is no folder for {options.out}")
+    check_folder("--out", options.out)
     from gr.training.environment import describe
 
     environment = describe(["benchmarks.kernels.compile", *argv])
@@ -236,8 +230,7 @@ def main(argv: list[str]) -> int:
             continue
         made[what] = row(variant)
         if rows_file:
-            with rows_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(made[what])) + "\n")
+            append_row(rows_file, asdict(made[what]))
         print(f"{number + 1}/{len(some)} {compiled.table([made[what]]).splitlines()[-1]}", flush=True)
     asked, found = (
         [made[what] for each in rows if (what := _row(each, triton_tiles.choose(each.key)).what) in made]

@@ -42,9 +42,9 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
         UserError: Too few runs, sizes or budgets.
     """
     fitted = [row for row in rows if not row["holdout"]]
-    budgets = _enough(fitted)
+    surface = surface_of(fitted)
+    budgets = sorted({row["budget"] for row in fitted})
     axes, loss = axes_of(fitted), np.array([row["loss"] for row in fitted])
-    surface = fit_law(axes, loss)
     notes: list[str] = []
     if not surface.converged:
         notes.append("the fit did not converge: these runs do not determine the law; add sizes or budgets")
@@ -109,6 +109,17 @@ def fit_runs(rows: list[dict[str, Any]], samples: int = 200) -> dict[str, Any]:
     return result
 
 
+def surface_of(rows: Sequence[dict[str, Any]]) -> Law:
+    """L(N, D) of the runs that are not held out, without anything around it: in a second.
+
+    Raises:
+        UserError: Too few runs, sizes or budgets.
+    """
+    fitted = [row for row in rows if not row["holdout"]]
+    _check_enough(fitted)
+    return fit_law(axes_of(fitted), np.array([row["loss"] for row in fitted]))
+
+
 def _best(
     fitted: Sequence[dict[str, Any]], budgets: Sequence[float], front: Sequence[dict[str, Any]]
 ) -> dict[float, float]:
@@ -119,7 +130,7 @@ def _best(
     return {budget: min(row["loss"] for row in fitted if row["budget"] == budget) for budget in budgets}
 
 
-def _enough(fitted: Sequence[dict[str, Any]]) -> list[float]:
+def _check_enough(fitted: Sequence[dict[str, Any]]) -> None:
     budgets = sorted({row["budget"] for row in fitted})
     sizes = {row["n_encoder"] for row in fitted}
     if len(fitted) < FEWEST_RUNS:
@@ -131,7 +142,6 @@ def _enough(fitted: Sequence[dict[str, Any]]) -> list[float]:
         raise UserError(f"all runs have the budget {budgets[0]:g}; a law needs at least {FEWEST_BUDGETS} budgets")
     if len(sizes) < 2:
         raise UserError(f"all runs have n_encoder {sizes.pop():g}; a law needs at least 2 sizes")
-    return budgets
 
 
 def _bootstraps(

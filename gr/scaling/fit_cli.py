@@ -191,14 +191,19 @@ def _feasible(args: argparse.Namespace, overrides: list[str], fitted: dict[str, 
 
 def _compare(args: argparse.Namespace) -> int:
     from gr.files import write_json
+    from gr.scaling.fit import surface_of
     from gr.scaling.frontier import compare, unreached
     from gr.scaling.study_fits import fit_table
+    from gr.scaling.table import read_runs
 
     table = Path(args.runs)
     names = (args.first, args.second)
     if args.first == args.second:
         raise UserError(f"{args.first} and {args.second} are one model; name two of the table's")
-    compare(*(fit_table(table, name, 0)[1] for name in names))  # what it refuses, it refuses before the bootstrap
+    runs = {name: read_runs(table, name)[0] for name in names}
+    for name, rows in runs.items():  # before the minutes that a bootstrap takes
+        if not surface_of(rows).converged:
+            raise UserError(f"the fit of {name} did not converge: its compute means nothing; add sizes or budgets")
     print(f"fitting {args.first} and {args.second}, {args.bootstrap} bootstrap samples each",
           file=sys.stderr, flush=True)  # fmt: skip
     fits = [fit_table(table, name, args.bootstrap)[1] for name in names]

@@ -13,6 +13,7 @@ from gr.data.layout import LayoutConfig, evaluation_batch, history_batch, traini
 from gr.data.split import LeaveOneOutConfig, Split, make_split
 from gr.data.store import EventStore, memory_store
 from gr.errors import UserError
+from gr.kernels.hstu_attention.time_buckets import NARROW
 from random_logs import layouts, split_logs
 
 
@@ -121,7 +122,7 @@ def test_a_history_from_outside_equals_the_one_from_the_store(
 
 @pytest.mark.parametrize(
     ("first", "last", "dtype"),
-    [(0, 2**31 - 2, torch.int32), (0, 2**31 - 1, torch.int64), (-1, 5, torch.int64), (-(2**40), 2**40, torch.int64)],
+    [(0, NARROW - 1, torch.int32), (0, NARROW, torch.int64), (-1, 5, torch.int64), (-(2**40), 2**40, torch.int64)],
 )
 def test_times_have_32_bits_where_no_distance_of_two_needs_more(first, last, dtype) -> None:
     store = memory_store([np.arange(5)], [np.array([first, 1, 2, last, last])])

@@ -36,7 +36,7 @@ def test_a_fit_that_did_not_converge_predicts_only_by_force_and_is_not_compared(
     assert main([*ask, "--force"]) == 0
     assert run_cli(main, ["compare", runs, "a", "b", "--bootstrap", "0"]) == 2
     said = capsys.readouterr().err  # before the bootstrap's minutes
-    assert "one of the fits did not converge" in said and said.count("\n") == 1
+    assert "the fit of a did not converge" in said and said.count("\n") == 1
     for names, words in ((("a", "c"), "no run of variant 'c'; it has a, b"), (("a", "a"), "a and a are one model")):
         assert run_cli(main, ["compare", runs, *names]) == 2
         said = capsys.readouterr().err
